@@ -1,0 +1,134 @@
+"""What a user may configure, checked before anything starts.
+
+One `ServeConfig` describes a whole application; the command line and a YAML file are two ways to write it. Every
+message names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "t": 10**12}
+
+
+def parse_bytes(value: object) -> object:
+    """`"2GiB"`, `"512MiB"`, `"1.5g"` or a number of bytes to an int; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", value.lower())
+    if match is None:
+        raise ValueError("not a memory size; write a number with a unit, such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Strict):
+    """One served model. Field names are those of vLLM's flags."""
+
+    model: str
+    """A folder in Hugging Face format or a hub id."""
+    served_model_name: str | None = None
+    """Name in the API; default: the folder's or the hub id's last part."""
+    tensor_parallel_size: int = Field(1, ge=1, le=64)
+    pipeline_parallel_size: int = Field(1, ge=1, le=64)
+    replicas: int = Field(1, ge=1, le=1024)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt and output together; default: the model's context."""
+    max_num_seqs: int = Field(64, ge=1, le=4096)
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = Field(1024, ge=16, le=1_048_576)
+    """Tokens computed in one step; longer prompts are computed in chunks."""
+    max_num_waiting: int = Field(1024, ge=1)
+    """Requests that may wait; one more is refused with 429."""
+    block_size: int = Field(16, ge=4, le=256)
+    kv_cache_memory: Bytes | None = None
+    """Bytes per shard; default: what is left on the device."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    enable_prefix_caching: bool = True
+    num_threads: int | None = Field(None, ge=1, le=256)
+    """CPU threads per shard; default: the node's cores divided by the shards on it."""
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("must be a power of two")
+        return value
+
+    @model_validator(mode="after")
+    def _budget_fits_sequences(self) -> ModelConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running sequence can take one token per step"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """Name in the API."""
+        return self.served_model_name or Path(self.model.rstrip("/")).name
+
+    @property
+    def shards_per_replica(self) -> int:
+        """Shard actors of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class ServeConfig(_Strict):
+    """A whole application: its address and its models."""
+
+    models: list[ModelConfig] = Field(min_length=1)
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    dashboard_port: int = Field(8265, ge=1, le=65535)
+    ingress_replicas: int = Field(1, ge=1, le=256)
+    max_body_bytes: Bytes = 8 * 2**20
+    """Larger request bodies are refused with 413."""
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> ServeConfig:
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"models share the name {twice[0]!r}; give each its own served_model_name")
+        return self
+
+
+def load_config(data: dict[str, Any]) -> ServeConfig:
+    """Check `data` (from YAML or the command line) and build the configuration.
+
+    Raises:
+        ConfigError: one line per fault, each naming the field, the value and what is allowed.
+    """
+    try:
+        return ServeConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _explain(fault: Any) -> str:
+    """One line for one pydantic fault."""
+    field = ".".join(str(part) for part in fault["loc"]) or "configuration"
+    if fault["type"] == "extra_forbidden":
+        known = ServeConfig.model_fields if len(fault["loc"]) == 1 else ModelConfig.model_fields
+        return f"{field}: unknown field (value {fault['input']!r}); known: {', '.join(known)}"
+    if fault["type"] == "missing":
+        return f"{field}: required and not given"
+    message = fault["msg"].removeprefix("Value error, ")
+    if isinstance(fault["input"], dict | list | BaseModel):
+        return f"{field}: {message}"
+    return f"{field} = {fault['input']!r}: {message}"

@@ -1,0 +1,62 @@
+"""What crosses between an ingress and a replica's scheduler.
+
+One unary Serve call per request is its *control*: it carries a `GenerateCall`, lasts as long as the request, and
+returns a `GenerateReply`. Cancelling it aborts the request. The tokens take another way: after every engine step the
+scheduler pushes one `TokenBatch` to each ingress that waits for something from that step (ZeroMQ, PUSH to PULL).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .request import EngineRequest, TokenOutput
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A bound ZeroMQ socket and the CURVE keys (Z85 text) that a peer needs to connect to it.
+
+    The secrets travel through Ray only, whose own authentication guards them.
+    """
+
+    address: str
+    """`tcp://host:port`; host is loopback or the node's Ray address."""
+    server_public_key: str
+    client_public_key: str
+    client_secret_key: str
+
+
+class GenerateCall(msgspec.Struct):
+    """Control message: serve this request and send its tokens there."""
+
+    request: EngineRequest
+    reply_to: Endpoint
+
+
+class GenerateReply(msgspec.Struct):
+    """How a request ended. `error` is None after a normal end; its tokens may still be on their way."""
+
+    error: str | None = None
+    error_kind: str | None = None
+    """Class name in `cluster/errors.py`: QueueFull, InvalidRequest, ShardFailed …"""
+    retry_after: int = 1
+
+
+class TokenBatch(msgspec.Struct, array_like=True):
+    """All outputs of one engine step for one ingress."""
+
+    outputs: list[TokenOutput]
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    """What an ingress must know of a served model."""
+
+    name: str
+    path: str
+    """Folder with the tokenizer; the ingress reads it on its own node."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: dict[str, float] = {}
+    """temperature, top_p, top_k, repetition_penalty of the model's generation_config.json."""
+    created: int = 0
+    """Unix seconds."""
