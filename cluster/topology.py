@@ -1,0 +1,143 @@
+"""Which part of a model a shard holds: tensor parallelism divides heads and widths, pipeline parallelism the layers.
+
+rank = pp_rank * tp_size + tp_rank          -tp 2 -pp 2, 4 layers, 4 heads
+
+          tp_rank 0            tp_rank 1
+pp_rank 0 rank 0: layers 0-1   rank 1: layers 0-1     embedding
+          heads 0-1            heads 2-3
+pp_rank 1 rank 2: layers 2-3   rank 3: layers 2-3     final norm, output projection
+          heads 0-1            heads 2-3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .errors import ConfigError
+from .layer_spec import LayerSpec
+from .model_spec import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardLayout:
+    """A shard's place in its replica."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+
+    @property
+    def rank(self) -> int:
+        """Rank among all shards of the replica."""
+        return self.pp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of shards of the replica."""
+        return self.tp_size * self.pp_size
+
+    @property
+    def first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Holds the final norm and the output projection."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_output(self) -> bool:
+        """Reports the sampled tokens."""
+        return self.last_stage and self.tp_rank == 0
+
+    def layers(self, spec: ModelSpec) -> range:
+        """Contiguous decoder layers of this stage, as even as possible, and never most on the last of several stages.
+
+        The last stage has the output projection besides, so the boundaries round up.
+        """
+        count, stage, stages = spec.num_layers, self.pp_rank, self.pp_size
+        return range(-(-count * stage // stages), -(-count * (stage + 1) // stages))
+
+    def num_heads(self, spec: ModelSpec) -> int:
+        """Query heads of this shard."""
+        return spec.num_heads // self.tp_size
+
+    def num_kv_heads(self, spec: ModelSpec) -> int:
+        """Key/value heads of this shard: at least one, so they are replicated where shards outnumber them."""
+        return max(1, spec.num_kv_heads // self.tp_size)
+
+    def first_kv_head(self, spec: ModelSpec) -> int:
+        """Index in the model of this shard's first key/value head."""
+        return self.tp_rank * spec.num_kv_heads // self.tp_size
+
+    def share(self, width: int) -> int:
+        """This shard's part of a dimension that tensor parallelism divides evenly."""
+        return width // self.tp_size
+
+    def padded_vocab_share(self, spec: ModelSpec) -> int:
+        """Rows of the embedding and output projection on every shard; the last shard's may be padded with zeros."""
+        return -(-spec.vocab_size // self.tp_size)
+
+    def vocab(self, spec: ModelSpec) -> range:
+        """Token ids whose rows this shard holds, without padding."""
+        share = self.padded_vocab_share(spec)
+        start = min(self.tp_rank * share, spec.vocab_size)
+        return range(start, min(start + share, spec.vocab_size))
+
+
+def all_layouts(tp: int, pp: int) -> list[ShardLayout]:
+    """The layouts of a replica's shards, in rank order."""
+    return [ShardLayout(t, tp, p, pp) for p in range(pp) for t in range(tp)]
+
+
+def check_topology(spec: ModelSpec, tp: int, pp: int) -> None:
+    """Refuse a division that does not come out even.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+        raise ConfigError(
+            f"tensor_parallel_size = {tp} does not fit {spec.num_kv_heads} KV heads: it must divide them or be a "
+            f"multiple of them"
+        )
+    widths = {"attention heads": spec.num_heads, "intermediate size": spec.intermediate_size}
+    if spec.moe is not None:
+        widths["expert intermediate size"] = spec.moe.intermediate_size
+        widths["shared expert intermediate size"] = spec.moe.shared_intermediate_size
+    for what, width in widths.items():
+        if width % tp:
+            raise ConfigError(f"tensor_parallel_size = {tp} does not divide the model's {what} ({width})")
+    if pp > spec.num_layers:
+        raise ConfigError(
+            f"pipeline_parallel_size = {pp} exceeds the model's {spec.num_layers} layers: every stage needs one"
+        )
+
+
+def kv_bytes_per_block(spec: ModelSpec, layout: ShardLayout, block_size: int, dtype_bytes: int) -> int:
+    """Bytes of one KV block on this shard: keys and values of its layers and heads for `block_size` tokens."""
+    per_token = 2 * layout.num_kv_heads(spec) * spec.head_dim * dtype_bytes
+    return len(layout.layers(spec)) * block_size * per_token
+
+
+def weight_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int) -> int:
+    """Bytes of the weights that this shard holds in its device's memory (norms and biases are left out: < 0.1 %)."""
+    layers = sum(_layer_parameters(spec, layout, spec.layers[i]) for i in layout.layers(spec))
+    vocabulary = layout.padded_vocab_share(spec) * spec.hidden_size
+    if layout.first_stage and layout.last_stage and spec.tie_word_embeddings:
+        tables = 1
+    else:
+        tables = int(layout.first_stage) + int(layout.last_stage)
+    return (layers + tables * vocabulary) * dtype_bytes
+
+
+def _layer_parameters(spec: ModelSpec, layout: ShardLayout, layer: LayerSpec) -> int:
+    heads = 2 * layout.num_heads(spec) + 2 * layout.num_kv_heads(spec)  # q and o, k and v
+    attention = heads * spec.head_dim * spec.hidden_size
+    if not layer.sparse or spec.moe is None:
+        return attention + 3 * layout.share(spec.intermediate_size) * spec.hidden_size
+    moe = spec.moe
+    width = moe.num_experts * layout.share(moe.intermediate_size) + layout.share(moe.shared_intermediate_size)
+    return attention + (3 * width + moe.num_experts) * spec.hidden_size
