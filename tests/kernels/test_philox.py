@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from raytroupe.kernels.philox import philox4x32, uniforms
 
 
