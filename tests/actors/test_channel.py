@@ -1,0 +1,164 @@
+"""The channel between scheduler and shards, with real sockets and shards in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+import pytest
+import zmq
+
+from raytroupe.actors.channel import ChannelExecutor, ShardServer
+from raytroupe.cluster.errors import ShardFailed
+from raytroupe.cluster.messages import Endpoint
+from raytroupe.cluster.request import SamplingParams
+from raytroupe.cluster.secure_socket import SecureContext
+from raytroupe.cluster.step import NewSequence, StepPlan, StepResult
+
+LOOPBACK = "127.0.0.1"
+
+
+def plan_of(step: int) -> StepPlan:
+    new = NewSequence(0, [step, step + 1], 2, SamplingParams(logit_bias={7: 1.5}, stop_token_ids=(2,)))
+    return StepPlan(step, [new], [0], [0], [2], [True], 0, [(0, [1, 2])], [])
+
+
+def result_of(plan: StepPlan) -> StepResult:
+    return StepResult(plan.step, [sum(plan.new[0].tokens)], None, 0.5, 1.0)
+
+
+class Shards:
+    """Shard servers in threads; what each received and how each ended."""
+
+    def __init__(self) -> None:
+        self.plans: dict[int, list[StepPlan]] = {}
+        self.errors: dict[int, ShardFailed] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, endpoint: Endpoint, rank: int, run: Callable[[StepPlan], StepResult | None]) -> None:
+        self.plans[rank] = []
+
+        def record(plan: StepPlan) -> StepResult | None:
+            self.plans[rank].append(plan)
+            return run(plan)
+
+        def serve() -> None:
+            try:
+                ShardServer(endpoint, rank, "n1").serve(record)
+            except ShardFailed as error:
+                self.errors[rank] = error
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    async def ended(self) -> bool:
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, 10)
+        return not any(thread.is_alive() for thread in self._threads)
+
+
+@pytest.fixture
+async def executor() -> AsyncIterator[ChannelExecutor]:
+    executor = ChannelExecutor(LOOPBACK, num_shards=2)
+    yield executor
+    executor.close()
+
+
+async def test_results_come_from_the_output_shard_in_the_order_of_the_plans(executor: ChannelExecutor) -> None:
+    shards = Shards()
+    shards.start(executor.endpoint, 0, result_of)
+    shards.start(executor.endpoint, 1, lambda plan: None)
+    await executor.connected(10)
+    plans = [plan_of(step) for step in range(200)]
+    for plan in plans:
+        executor.submit(plan)
+    assert [await executor.result() for _ in plans] == [result_of(plan) for plan in plans]
+    executor.close()
+    assert await shards.ended()
+    assert shards.plans == {0: plans, 1: plans}, "every shard sees every plan, unchanged and in order"
+    assert not shards.errors
+
+
+async def test_a_step_in_which_a_shard_raises_ends_as_shard_failed(executor: ChannelExecutor) -> None:
+    def explode(plan: StepPlan) -> StepResult | None:
+        raise ValueError(f"no memory in step {plan.step}")
+
+    shards = Shards()
+    shards.start(executor.endpoint, 0, lambda plan: None)
+    shards.start(executor.endpoint, 1, explode)
+    await executor.connected(10)
+    executor.submit(plan_of(3))
+    with pytest.raises(ShardFailed, match=r"shard 1 on node n1 failed in step 3: ValueError: no memory in step 3"):
+        await executor.result()
+    with pytest.raises(ShardFailed):
+        executor.submit(plan_of(4))
+    executor.close()
+    assert await shards.ended()
+    assert shards.errors.keys() == {1}
+
+
+async def test_failure_reported_from_outside_wakes_whoever_waits(executor: ChannelExecutor) -> None:
+    waiting = asyncio.create_task(executor.result())
+    await asyncio.sleep(0)
+    executor.fail(ShardFailed("shard 1 on node n1 died"))
+    executor.fail(ShardFailed("a later failure that the first one caused"))
+    with pytest.raises(ShardFailed, match="shard 1 on node n1 died"):
+        await waiting
+
+
+async def test_results_that_arrived_before_a_failure_are_still_delivered(executor: ChannelExecutor) -> None:
+    shards = Shards()
+    shards.start(executor.endpoint, 0, result_of)
+    shards.start(executor.endpoint, 1, lambda plan: None)
+    await executor.connected(10)
+    executor.submit(plan_of(0))
+    while not executor._results:
+        await asyncio.sleep(0.01)
+    executor.fail(ShardFailed("gone"))
+    assert (await executor.result()).step == 0
+    with pytest.raises(ShardFailed, match="gone"):
+        await executor.result()
+
+
+async def test_a_shard_that_never_connects_is_named(executor: ChannelExecutor) -> None:
+    shards = Shards()
+    shards.start(executor.endpoint, 0, result_of)
+    while len(executor._missing) == 2:
+        await asyncio.sleep(0.01)
+    with pytest.raises(ShardFailed, match=r"^rank-1 did not connect to the scheduler within 0.05 s"):
+        await executor.connected(0.05)
+
+
+async def test_a_peer_with_another_key_is_refused(executor: ChannelExecutor) -> None:
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    stranger = msgspec.structs.replace(executor.endpoint, client_public_key=public, client_secret_key=secret)
+    shards = Shards()
+    shards.start(stranger, 0, result_of)
+    shards.start(executor.endpoint, 1, lambda plan: None)
+    with pytest.raises(ShardFailed, match=r"^rank-0 did not connect"):
+        await executor.connected(1.0)
+    assert executor._missing == {b"rank-0"}, "the shard with the right key is connected, the other one is not"
+
+
+async def test_a_peer_without_encryption_is_refused() -> None:
+    with SecureContext() as context, zmq.Context() as plain_context:
+        socket, endpoint = context.bind(zmq.PULL, LOOPBACK)
+        plain = plain_context.socket(zmq.PUSH)
+        plain.linger = 0
+        plain.connect(endpoint.address)
+        plain.send(b"plain text")
+        right = context.connect(zmq.PUSH, endpoint)
+        right.send(b"with the key")
+        assert await asyncio.to_thread(socket.poll, 10_000)
+        assert socket.recv() == b"with the key"
+        assert not await asyncio.to_thread(socket.poll, 300)
+        plain.close()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "::", ""])
+def test_sockets_never_listen_on_all_interfaces(host: str) -> None:
+    with SecureContext() as context, pytest.raises(ValueError, match="all interfaces"):
+        context.bind(zmq.PULL, host)

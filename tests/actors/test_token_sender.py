@@ -1,0 +1,114 @@
+"""Tokens on their way from a scheduler to the ingresses, over real sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from raytroupe.actors.token_sender import KEEP_SECONDS, TokenSender
+from raytroupe.cluster.messages import TokenBatch
+from raytroupe.cluster.request import FinishReason, TokenLogprobs, TokenOutput
+from raytroupe.cluster.secure_socket import SecureContext
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def context() -> Iterator[SecureContext]:
+    with SecureContext() as context:
+        yield context
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sender(clock: Clock) -> Iterator[TokenSender]:
+    sender = TokenSender(clock)
+    yield sender
+    sender.close()
+
+
+def receive(socket: zmq.Socket) -> list[TokenOutput]:
+    assert socket.poll(10_000), "no message within 10 s"
+    return msgspec.msgpack.decode(socket.recv(), type=TokenBatch).outputs
+
+
+def test_one_message_per_step_and_ingress(context: SecureContext, sender: TokenSender) -> None:
+    one, one_endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    two, two_endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    sender.register("a", one_endpoint)
+    sender.register("b", two_endpoint)
+    sender.register("c", one_endpoint)
+    first = [
+        TokenOutput("a", [5], logprobs=[TokenLogprobs(-0.5, [(5, -0.5), (6, -1.5)])], cached_tokens=16),
+        TokenOutput("b", [6]),
+        TokenOutput("c", [7], FinishReason.STOP, stop_token=7),
+    ]
+    second = [TokenOutput("b", [8])]
+    sender.publish(first)
+    sender.publish(second)
+    assert receive(one) == [first[0], first[2]]
+    assert receive(two) == [first[1]]
+    assert receive(two) == second
+    assert not one.poll(100), "an ingress without outputs in a step gets no message"
+
+
+def test_outputs_of_unknown_requests_are_dropped(context: SecureContext, sender: TokenSender) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    sender.register("a", endpoint)
+    sender.register("b", endpoint)
+    sender.unregister("a")
+    sender.publish([TokenOutput("a", [1]), TokenOutput("stranger", [2]), TokenOutput("b", [3])])
+    assert receive(socket) == [TokenOutput("b", [3])]
+
+
+def test_a_reader_that_reads_nothing_delays_nobody(context: SecureContext, sender: TokenSender) -> None:
+    slow, slow_endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    quick, quick_endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    sender.register("slow", slow_endpoint)
+    sender.register("quick", quick_endpoint)
+    for step in range(20_000):  # more than the sockets' buffers and default high-water marks hold
+        sender.publish([TokenOutput("slow", [step])])
+    sender.publish([TokenOutput("quick", [1])])
+    assert receive(quick) == [TokenOutput("quick", [1])]
+    assert [receive(slow)[0].tokens[0] for _ in range(20_000)] == list(range(20_000)), "nothing is lost or reordered"
+
+
+def test_connections_are_shared_and_closed_when_unused(
+    context: SecureContext, sender: TokenSender, clock: Clock
+) -> None:
+    endpoints = [context.bind(zmq.PULL, "127.0.0.1")[1] for _ in range(3)]
+    sender.register("a", endpoints[0])
+    sender.register("b", endpoints[0])
+    sender.register("c", endpoints[1])
+    assert sender.num_connections == 2
+    sender.unregister("a")
+    sender.unregister("c")
+    clock.now += KEEP_SECONDS
+    sender.register("d", endpoints[2])
+    assert sender.num_connections == 2, "the idle one is closed, the one that still serves request b is not"
+
+
+def test_a_dead_ingress_does_not_stop_the_others(sender: TokenSender) -> None:
+    with SecureContext() as doomed:
+        _, gone = doomed.bind(zmq.PULL, "127.0.0.1")
+        sender.register("a", gone)
+        sender.publish([TokenOutput("a", [1])])
+    with SecureContext() as context:
+        socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+        sender.register("b", endpoint)
+        for step in range(100):
+            sender.publish([TokenOutput("a", [step]), TokenOutput("b", [step])])
+        assert [receive(socket)[0].tokens for _ in range(100)] == [[step] for step in range(100)]
