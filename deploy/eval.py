@@ -164,9 +164,12 @@ async def ask_models(
     # The key is required by the client; Troupe's API asks for none.
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=8, timeout=600) as client:
         try:
-            names = models or [served.id async for served in client.models.list()]
+            served = [card.id async for card in client.with_options(max_retries=0).models.list()]
             with Progress(transient=True) as progress:
-                return {name: await ask_model(client, name, items, concurrency, max_tokens, progress) for name in names}
+                return {
+                    name: await ask_model(client, name, items, concurrency, max_tokens, progress)
+                    for name in models or served
+                }
         except openai.APIConnectionError:
             raise EngineError(
                 f"no server answers at {url}; start one with `troupe serve` or name its address"
