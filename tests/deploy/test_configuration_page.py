@@ -1,0 +1,63 @@
+"""docs/configuration.md lists exactly the fields that exist, with their defaults and limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from raytroupe.cluster.config import ModelConfig, ServeConfig
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+
+
+def documented(heading: str) -> dict[str, tuple[str, str]]:
+    """Field name to (default, allowed) in the table below a heading."""
+    section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return {row[0].strip(" `"): (row[1].strip(), row[2].strip()) for row in rows}
+
+
+def defined(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
+    """The same from the model itself."""
+    schema = model.model_json_schema()
+    return {
+        name: (default_cell(field), allowed_cell(field.get("anyOf", [field])[0]))
+        for name, field in schema["properties"].items()
+    }
+
+
+def default_cell(field: dict[str, Any]) -> str:
+    if "default" not in field:
+        return "required"
+    default = field["default"]
+    if isinstance(default, str):
+        return f"`{default}`"
+    return {"None": "none", "True": "true", "False": "false"}.get(str(default), str(default))
+
+
+def allowed_cell(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "exclusiveMinimum" in field or "gt" in field:
+        return f"more than {field.get('exclusiveMinimum', field.get('gt'))}"
+    if "maximum" in field:
+        return f"{field['minimum']} – {field['maximum']}"
+    if "minimum" in field:
+        return f"at least {field['minimum']}"
+    return {"string": "text", "boolean": "true, false", "array": "list"}[field["type"]]
+
+
+@pytest.mark.parametrize(("heading", "model"), [("Model", ModelConfig), ("Application", ServeConfig)])
+def test_page_lists_every_field_with_its_default_and_limits(heading: str, model: type[BaseModel]) -> None:
+    assert documented(heading) == defined(model)
+
+
+def test_example_on_the_page_is_a_valid_configuration() -> None:
+    example = PAGE.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    config = ServeConfig.model_validate(yaml.safe_load(example))
+    assert [model.name for model in config.models] == ["chat", "Qwen3-0.6B"]
+    assert config.models[0].kv_cache_memory == 20 * 2**30
