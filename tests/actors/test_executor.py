@@ -1,0 +1,116 @@
+"""The local executor: order, failure with its cause, cancellation, and an end without waiting plans."""
+
+import asyncio
+import threading
+
+import pytest
+
+from raytroupe.actors.executor import LocalExecutor
+from raytroupe.cluster.errors import ShardFailed
+from raytroupe.cluster.step import StepPlan, StepResult
+
+
+def make_plan(step: int) -> StepPlan:
+    return StepPlan(step, [], [], [], [], [], 0, [], [])
+
+
+def echo(plan: StepPlan) -> StepResult:
+    return StepResult(plan.step, [plan.step], None, 0.0, 0.0)
+
+
+@pytest.fixture
+def executor_of():
+    executors = []
+
+    def build(run):
+        executors.append(LocalExecutor(run))
+        return executors[-1]
+
+    yield build
+    for executor in executors:
+        executor.close()
+
+
+async def test_results_come_in_the_order_of_the_plans(executor_of):
+    executor = executor_of(echo)
+    for step in range(50):
+        executor.submit(make_plan(step))
+    assert [(await executor.result()).step for _ in range(50)] == list(range(50))
+
+
+async def test_submit_returns_while_the_shard_computes(executor_of):
+    release = threading.Event()
+
+    def run(plan):
+        release.wait()
+        return echo(plan)
+
+    executor = executor_of(run)
+    executor.submit(make_plan(0))
+    executor.submit(make_plan(1))
+    release.set()
+    assert [(await executor.result()).step for _ in range(2)] == [0, 1]
+
+
+async def test_a_failure_reaches_every_plan_behind_it_with_its_cause(executor_of):
+    def run(plan):
+        if plan.step == 1:
+            raise ValueError("out of tune")
+        return echo(plan)
+
+    executor = executor_of(run)
+    for step in range(3):
+        executor.submit(make_plan(step))
+    assert (await executor.result()).step == 0
+    with pytest.raises(ShardFailed, match="step 1: ValueError: out of tune") as caught:
+        await executor.result()
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(ShardFailed):
+        await executor.result()
+    with pytest.raises(ShardFailed):
+        executor.submit(make_plan(3))
+
+
+async def test_a_cancelled_wait_loses_no_result(executor_of):
+    release = threading.Event()
+
+    def run(plan):
+        release.wait()
+        return echo(plan)
+
+    executor = executor_of(run)
+    executor.submit(make_plan(0))
+    waiting = asyncio.create_task(executor.result())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    release.set()
+    assert (await executor.result()).step == 0
+
+
+async def test_close_drops_waiting_plans_and_ends_the_thread(executor_of):
+    started, release = threading.Event(), threading.Event()
+    ran = []
+
+    def run(plan):
+        started.set()
+        release.wait()
+        ran.append(plan.step)
+        return echo(plan)
+
+    executor = executor_of(run)
+    executor.submit(make_plan(0))
+    executor.submit(make_plan(1))
+    started.wait()
+    closing = asyncio.create_task(asyncio.to_thread(executor.close))
+    while executor._failure is None:
+        await asyncio.sleep(0.001)
+    release.set()
+    await closing
+    executor.close()
+    assert ran == [0]
+    assert (await executor.result()).step == 0
+    with pytest.raises(ShardFailed, match="closed"):
+        await executor.result()
+    assert not any(thread.name == "shard" for thread in threading.enumerate())
