@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml .ci/find-python
 	@set -e; python=$$(PYTHON='$(PYTHON)' .ci/find-python); \
 	echo "Installing into .venv with $$($$python --version); the first time this takes some minutes."; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $$python -m venv --clear .venv; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'; \
 	touch $@
 
 serve: $(INSTALLED)
