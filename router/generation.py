@@ -1,0 +1,158 @@
+"""One request on its way through the ingress: its choices, and the text and bookkeeping of each as tokens arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from ..cluster.errors import EngineError
+from ..cluster.request import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
+from .detokenizer import Detokenizer, StopStrings
+from .engine_client import EngineClient
+from .tokenizer import Tokenizer
+
+
+@dataclass
+class TokenChance:
+    """A generated token with its log-probabilities and where it stands in the answer's text."""
+
+    token: int
+    logprobs: TokenLogprobs
+    text_offset: int
+    """Characters of the answer before this token."""
+
+
+@dataclass
+class Delta:
+    """What one engine output adds to a choice."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    chances: list[TokenChance] = field(default_factory=list)
+    """One per token if the request asks for log-probabilities."""
+    finish_reason: str | None = None
+
+
+class Choice:
+    """One of the answers to a request: an engine request and the text that comes of it."""
+
+    def __init__(
+        self,
+        index: int,
+        request: EngineRequest,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        user_stop_tokens: Sequence[int] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            index: its place among the choices of the response.
+            request: what the engine is asked for.
+            tokenizer: of the model.
+            stop: stop strings.
+            user_stop_tokens: stop tokens that the client named; they are reported as `stop_reason`.
+            include_stop: leave the stop string or stop token in the text.
+            skip_special_tokens: leave special tokens out of the text.
+        """
+        self.index = index
+        self.request = request
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        """The stop string or the client's stop token that ended the answer."""
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self._min_tokens = request.sampling.min_tokens
+        self._user_stop_tokens = frozenset(user_stop_tokens)
+        self._include_stop = include_stop
+        self._detokenizer = Detokenizer(tokenizer, request.prompt, skip_special_tokens=skip_special_tokens)
+        self._stops = StopStrings(stop, include=include_stop)
+        self._characters = 0
+
+    def feed(self, output: TokenOutput) -> Delta:
+        """Take in what an engine step produced. Tokens after a stop string are dropped."""
+        delta = Delta()
+        pieces = []
+        self.cached_tokens = self.cached_tokens or output.cached_tokens
+        for position, token in enumerate(output.tokens):
+            self.completion_tokens += 1
+            delta.tokens.append(token)
+            if output.logprobs is not None:
+                delta.chances.append(TokenChance(token, output.logprobs[position], self._characters))
+            ends_here = output.stop_token is not None and position == len(output.tokens) - 1
+            text = "" if ends_here and not self._include_stop else self._detokenizer.push(token)
+            self._characters += len(text)
+            # Like stop tokens, stop strings do not count before the minimum is reached.
+            pieces.append(self._stops.push(text) if self.completion_tokens > self._min_tokens else text)
+            if self._stops.found is not None:
+                self.finish_reason, self.stop_reason = "stop", self._stops.found
+                break
+        if self.finish_reason is None and output.finish_reason is not None:
+            if output.finish_reason is FinishReason.ABORT:
+                raise EngineError(f"request {self.request.request_id} was aborted by the engine")
+            self.finish_reason = output.finish_reason.value
+            if output.stop_token in self._user_stop_tokens:
+                self.stop_reason = output.stop_token
+            pieces.append(self._stops.flush())
+        delta.text = "".join(pieces)
+        delta.finish_reason = self.finish_reason
+        return delta
+
+    async def run(self, engine: EngineClient, model: str) -> AsyncGenerator[Delta, None]:
+        """Generate until the answer is complete. Closing the generator aborts the engine request."""
+        outputs = engine.generate(model, self.request)
+        try:
+            async for output in outputs:
+                yield self.feed(output)
+                if self.finish_reason is not None:
+                    return
+            raise EngineError(f"request {self.request.request_id} ended without a finish reason")
+        finally:
+            await outputs.aclose()
+
+
+async def run_choices(
+    choices: Sequence[Choice], engine: EngineClient, model: str
+) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    """Generate all `choices` at once and yield what each adds, as it comes. Closing the generator aborts them all.
+
+    The engine's outputs wait in its client until they are asked for, so a slow reader gets fewer, larger deltas.
+    """
+    if len(choices) == 1:
+        deltas = choices[0].run(engine, model)
+        try:
+            async for delta in deltas:
+                yield choices[0], delta
+        finally:
+            await deltas.aclose()
+        return
+
+    arrived: asyncio.Queue[tuple[Choice, Delta | Exception]] = asyncio.Queue(maxsize=1)
+
+    async def pump(choice: Choice) -> None:
+        deltas = choice.run(engine, model)
+        try:
+            async for delta in deltas:
+                await arrived.put((choice, delta))
+        except Exception as error:  # the reader raises it; nothing may be lost in a task
+            await arrived.put((choice, error))
+        finally:
+            await deltas.aclose()
+
+    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
+    try:
+        running = len(choices)
+        while running:
+            choice, item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            running -= item.finish_reason is not None
+            yield choice, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

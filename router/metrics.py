@@ -1,0 +1,71 @@
+"""What the ingress measures of every request, published through Ray's metrics and named after vLLM's.
+
+Ray's agents put `ray_` before each name: the first one appears as `ray_troupe_time_to_first_token_seconds`.
+"""
+
+from __future__ import annotations
+
+import time
+
+from ray.util.metrics import Counter, Histogram
+
+_TAGS = ("model_name", "replica")
+_LATENCY_SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0]
+_TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5]
+
+
+class IngressMetrics:
+    """The ingress's histograms and counters; `replica` is the ingress's own Serve replica."""
+
+    def __init__(self, replica: str = "") -> None:
+        def histogram(name: str, description: str, boundaries: list[float]) -> Histogram:
+            found = Histogram(f"troupe_{name}", description, boundaries=boundaries, tag_keys=_TAGS)
+            return found.set_default_tags({"replica": replica})
+
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds",
+            "From a request's arrival at the ingress to its first token.",
+            _LATENCY_SECONDS,
+        )
+        self.inter_token_latency = histogram(
+            "inter_token_latency_seconds", "Time between tokens of a choice, as the ingress sees them.", _TOKEN_SECONDS
+        )
+        self.e2e_latency = histogram(
+            "e2e_request_latency_seconds",
+            "From a request's arrival at the ingress to its last token.",
+            _LATENCY_SECONDS,
+        )
+        self.success = Counter(
+            "troupe_request_success",
+            "Choices that ended normally, by reason.",
+            tag_keys=(*_TAGS, "finished_reason"),
+        ).set_default_tags({"replica": replica})
+
+
+class RequestTimer:
+    """Takes the times of one request; one object per HTTP request."""
+
+    def __init__(self, metrics: IngressMetrics, model: str) -> None:
+        self._metrics = metrics
+        self._tags = {"model_name": model}
+        self._begun = time.perf_counter()
+        self._last: dict[int, float] = {}
+
+    def tokens(self, choice: int, count: int) -> None:
+        """`count` tokens of a choice have arrived together."""
+        if count == 0:
+            return
+        now = time.perf_counter()
+        if (last := self._last.get(choice)) is not None:
+            self._metrics.inter_token_latency.observe((now - last) / count, self._tags)
+        elif not self._last:
+            self._metrics.time_to_first_token.observe(now - self._begun, self._tags)
+        self._last[choice] = now
+
+    def choice_finished(self, reason: str) -> None:
+        """A choice has ended."""
+        self._metrics.success.inc(1, {**self._tags, "finished_reason": reason})
+
+    def finished(self) -> None:
+        """All choices have ended."""
+        self._metrics.e2e_latency.observe(time.perf_counter() - self._begun, self._tags)
