@@ -1,0 +1,132 @@
+"""What shards of a replica tell each other in tensors: sums and concatenations within a stage, hidden states between.
+
+All pp * tp shards form one torch.distributed world. Each stage is a group of its own; shard (p, t) hands its hidden
+states to (p + 1, t).
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..cluster.errors import EngineError
+from ..cluster.topology import ShardLayout
+
+
+class Collectives(Protocol):
+    """The tensor communication that a decoder and its runner need."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the stage's shards; in place, and returned."""
+
+    def all_gather_last_dim(self, x: Tensor) -> Tensor:
+        """Concatenate the stage's shards' [S, n] to [S, tp * n], in rank order."""
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        """Hand [T, hidden] to the next stage. Returns at once; the tensor must not be changed afterwards."""
+
+    def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Wait for [num_tokens, hidden_size] from the stage before."""
+
+    def close(self) -> None:
+        """Leave the group; peers that wait for this shard fail."""
+
+
+class SingleShard:
+    """A replica of one shard: nothing to tell anybody, and no torch.distributed."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather_last_dim(self, x: Tensor) -> Tensor:
+        return x
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        raise AssertionError("a single shard has no next stage")
+
+    def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        raise AssertionError("a single shard has no stage before")
+
+    def close(self) -> None:
+        pass
+
+
+class DistributedCollectives:
+    """torch.distributed over gloo (CPU) or NCCL (CUDA)."""
+
+    def __init__(self, layout: ShardLayout, group: dist.ProcessGroup | None) -> None:
+        """`group` has this stage's shards; None where there is only one."""
+        self._layout = layout
+        self._group = group
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if self._group is not None:
+            dist.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather_last_dim(self, x: Tensor) -> Tensor:
+        if self._group is None:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self._layout.tp_size)]
+        dist.all_gather(parts, x.contiguous(), group=self._group)
+        return torch.cat(parts, -1)
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        # The tensor is kept until it is on its way; finished sends are dropped here, in order.
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.pop(0)
+        work = dist.isend(hidden, self._layout.rank + self._layout.tp_size)
+        assert work is not None
+        self._sending.append((work, hidden))
+
+    def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        hidden = torch.empty(num_tokens, hidden_size, dtype=dtype, device=device)
+        dist.recv(hidden, self._layout.rank - self._layout.tp_size)
+        return hidden
+
+    def close(self) -> None:
+        self._sending.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(layout: ShardLayout, init_method: str, timeout: float, device: torch.device) -> Collectives:
+    """Meet the other shards of the replica.
+
+    Args:
+        init_method: `tcp://host:port` of rank 0; unused by a single shard.
+        timeout: seconds, for the meeting and for every operation afterwards.
+
+    Raises:
+        EngineError: not all shards came in time.
+    """
+    if layout.world_size == 1:
+        return SingleShard()
+    bound = timedelta(seconds=timeout)
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=layout.rank,
+            world_size=layout.world_size,
+            timeout=bound,
+            device_id=device if device.type == "cuda" else None,
+        )
+        group = None
+        if layout.tp_size > 1:
+            for stage in range(layout.pp_size):  # every rank takes part in creating every group
+                ranks = list(range(stage * layout.tp_size, (stage + 1) * layout.tp_size))
+                stage_group = dist.new_group(ranks, timeout=bound)
+                if stage == layout.pp_rank:
+                    group = stage_group
+    except (RuntimeError, ValueError) as error:
+        raise EngineError(
+            f"rank {layout.rank} of {layout.world_size} could not meet its peers at {init_method} in {timeout:g} s: "
+            f"{error}"
+        ) from error
+    return DistributedCollectives(layout, group)

@@ -1,0 +1,144 @@
+"""Attention over a paged KV cache in plain torch: the CPU path and the meaning of every other implementation.
+
+A layer's cache is two tensors [kv_heads, num_blocks, block_size, head_dim]. A head's part of a block is one contiguous
+tile, which suits a kernel that walks a block table, and gathering blocks gives [kv_heads * rows, tokens, head_dim],
+which a batched product takes without a copy. (Measured for 32 rows with 160 tokens, 8 KV heads of 64, bfloat16, one
+AVX-512 core, gathering included: this 2.2 ms; scaled_dot_product_attention on the same 3.0 ms; with heads innermost
+2.5 ms; row by row 3.0 ms; float32 copies of keys and values 3.8 ms.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .attention_metadata import AttentionMetadata
+from .attention_plan import AttentionPlan, DecodeBucket, PrefillRow
+
+QUERY_CHUNK = 256
+"""Queries whose scores are held at once where soft capping needs them in memory."""
+
+
+def store_kv(keys: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write a step's keys and values to their slots.
+
+    Args:
+        keys, values: [T, kv_heads, head_dim].
+        k_cache, v_cache: [kv_heads, num_blocks, block_size, head_dim], written in place.
+        slot_mapping: [T] int64: block id * block size + offset.
+    """
+    k_cache.flatten(1, 2).index_copy_(1, slot_mapping, keys.transpose(0, 1))
+    v_cache.flatten(1, 2).index_copy_(1, slot_mapping, values.transpose(0, 1))
+
+
+class PagedAttention:
+    """The attention of one shard; it owns the workspace that blocks are gathered into."""
+
+    def __init__(self) -> None:
+        self._workspace = torch.empty(0)
+
+    def plan(self, metadata: AttentionMetadata, block_size: int) -> AttentionPlan:
+        """Once per step, before the first layer."""
+        return AttentionPlan(metadata, block_size)
+
+    def __call__(
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: AttentionPlan,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """softmax(softcap(scale * Q Kᵀ) + mask) V for every row; the softmax is float32.
+
+        Args:
+            query: [T, heads, head_dim]; query head h uses KV head h // (heads / kv_heads).
+            k_cache, v_cache: [kv_heads, num_blocks, block_size, head_dim], holding this step's keys already.
+            window: a query at position p sees keys at positions > p - window.
+            softcap: scores s become softcap * tanh(s / softcap).
+
+        Returns:
+            [T, heads, head_dim].
+        """
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        buckets, prefill_rows = plan.arrange(window)
+        for bucket in buckets:
+            out[bucket.rows] = self._decode(query[bucket.rows], k_cache, v_cache, bucket, scale, softcap)
+        for row in prefill_rows:
+            keys, values = _gather_row(k_cache, row), _gather_row(v_cache, row)
+            attend = _prefill if softcap is None else _prefill_softcapped
+            out[row.tokens] = attend(query[row.tokens], keys, values, row.mask, scale, softcap)
+        return out
+
+    def _decode(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, bucket: DecodeBucket, scale: float, softcap: float | None
+    ) -> Tensor:
+        """[r, heads, head_dim] → the same. One batched product per pair of row and KV head, over its query heads."""
+        kv_heads, _, block_size, head_dim = k_cache.shape
+        rows, group = bucket.count, query.shape[1] // kv_heads
+        batch, tokens = kv_heads * rows, len(bucket.blocks) // rows * block_size
+        by_head = query.view(rows, kv_heads, group, head_dim).transpose(0, 1).reshape(batch, group, head_dim)
+        keys = self._gather(k_cache, bucket.blocks).view(batch, tokens, head_dim)
+        scores = torch.bmm(by_head, keys.transpose(1, 2)).view(kv_heads, rows, group, tokens)
+        if softcap is None:
+            scores = torch.add(bucket.mask, scores, alpha=scale)
+        else:
+            scores = torch.tanh(scores.float() * (scale / softcap)).mul_(softcap).add_(bucket.mask)
+        weights = torch.softmax(scores, -1).to(query.dtype).view(batch, group, tokens)
+        values = self._gather(v_cache, bucket.blocks).view(batch, tokens, head_dim)  # takes the place of the keys
+        return torch.bmm(weights, values).view(kv_heads, rows, group, head_dim).transpose(0, 1).flatten(1, 2)
+
+    def _gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
+        """The blocks side by side in the workspace, which the next call overwrites."""
+        kv_heads, _, block_size, head_dim = cache.shape
+        shape = (kv_heads, len(blocks), block_size, head_dim)
+        size = kv_heads * len(blocks) * block_size * head_dim
+        if len(self._workspace) < size or self._workspace.dtype != cache.dtype:
+            self._workspace = torch.empty(size, dtype=cache.dtype, device=cache.device)
+        return torch.index_select(cache, 1, blocks, out=self._workspace[:size].view(shape))
+
+
+def _gather_row(cache: Tensor, row: PrefillRow) -> Tensor:
+    """[kv_heads, num_keys, head_dim]."""
+    return cache.index_select(1, row.blocks).flatten(1, 2)[:, : row.num_keys]
+
+
+def _prefill(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: None = None
+) -> Tensor:
+    """[queries, heads, head_dim] → the same."""
+    return functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True,
+    )[0].transpose(0, 1)
+
+
+def _prefill_softcapped(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """The same with capped scores, which the fused function does not offer."""
+    num_queries, heads, head_dim = query.shape
+    kv_heads, num_keys, _ = keys.shape
+    group = heads // kv_heads
+    if mask is None:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril_()
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for start in range(0, num_queries, QUERY_CHUNK):
+        chunk = slice(start, min(start + QUERY_CHUNK, num_queries))
+        size = chunk.stop - chunk.start
+        by_head = query[chunk].view(size, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        scores = torch.matmul(by_head, keys[:, None].transpose(2, 3)).float().mul_(scale / softcap).tanh_()
+        scores.mul_(softcap).masked_fill_(~mask[chunk], float("-inf"))
+        weights = torch.softmax(scores, -1).to(query.dtype)
+        attended = torch.matmul(weights, values[:, None])
+        out[chunk] = attended.permute(2, 0, 1, 3).reshape(size, heads, head_dim)
+    return out
