@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -118,8 +117,3 @@ def _open_file(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
-
-
-def floating_dtype(name: str) -> torch.dtype:
-    """torch's dtype of a name in `cluster/model_spec.py`'s DTYPES."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -6,6 +6,7 @@ states to (p + 1, t).
 
 from __future__ import annotations
 
+from collections import deque
 from datetime import timedelta
 from typing import Protocol
 
@@ -29,8 +30,8 @@ class Collectives(Protocol):
     def send_hidden(self, hidden: Tensor) -> None:
         """Hand [T, hidden] to the next stage. Returns at once; the tensor must not be changed afterwards."""
 
-    def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Wait for [num_tokens, hidden_size] from the stage before."""
+    def recv_hidden(self, into: Tensor) -> Tensor:
+        """Wait for the stage before to fill `into` [T, hidden], and return it."""
 
     def close(self) -> None:
         """Leave the group; peers that wait for this shard fail."""
@@ -48,7 +49,7 @@ class SingleShard:
     def send_hidden(self, hidden: Tensor) -> None:
         raise AssertionError("a single shard has no next stage")
 
-    def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def recv_hidden(self, into: Tensor) -> Tensor:
         raise AssertionError("a single shard has no stage before")
 
     def close(self) -> None:
@@ -62,7 +63,7 @@ class DistributedCollectives:
         """`group` has this stage's shards; None where there is only one."""
         self._layout = layout
         self._group = group
-        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._sending: deque[dist.Work] = deque()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._group is not None:
@@ -77,17 +78,17 @@ class DistributedCollectives:
         return torch.cat(parts, -1)
 
     def send_hidden(self, hidden: Tensor) -> None:
-        # The tensor is kept until it is on its way; finished sends are dropped here, in order.
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.pop(0)
+        # A send holds its tensor. gloo tells that one is finished only to who waits for it; plans run in order and no
+        # more are in flight than there are stages, so one that is so many sends old has long been received.
+        if len(self._sending) > 2 * self._layout.pp_size:
+            self._sending.popleft().wait()
         work = dist.isend(hidden, self._layout.rank + self._layout.tp_size)
         assert work is not None
-        self._sending.append((work, hidden))
+        self._sending.append(work)
 
-    def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        hidden = torch.empty(num_tokens, hidden_size, dtype=dtype, device=device)
-        dist.recv(hidden, self._layout.rank - self._layout.tp_size)
-        return hidden
+    def recv_hidden(self, into: Tensor) -> Tensor:
+        dist.recv(into, self._layout.rank - self._layout.tp_size)
+        return into
 
     def close(self) -> None:
         self._sending.clear()

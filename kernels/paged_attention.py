@@ -70,8 +70,10 @@ class PagedAttention:
             out[bucket.rows] = self._decode(query[bucket.rows], k_cache, v_cache, bucket, scale, softcap)
         for row in prefill_rows:
             keys, values = _gather_row(k_cache, row), _gather_row(v_cache, row)
-            attend = _prefill if softcap is None else _prefill_softcapped
-            out[row.tokens] = attend(query[row.tokens], keys, values, row.mask, scale, softcap)
+            if softcap is None:
+                out[row.tokens] = _prefill(query[row.tokens], keys, values, row.mask, scale)
+            else:
+                out[row.tokens] = _prefill_softcapped(query[row.tokens], keys, values, row.mask, scale, softcap)
         return out
 
     def _decode(
@@ -107,9 +109,7 @@ def _gather_row(cache: Tensor, row: PrefillRow) -> Tensor:
     return cache.index_select(1, row.blocks).flatten(1, 2)[:, : row.num_keys]
 
 
-def _prefill(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: None = None
-) -> Tensor:
+def _prefill(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """[queries, heads, head_dim] → the same."""
     return functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
