@@ -4,7 +4,7 @@
     python -m raytroupe.deploy.bench_http bench-models/llama-254m
 
 Requests have mixed lengths (`bench_workload.py`) and end only at their length. Every run has fresh prompt tokens, so
-that nothing comes from the prefix cache. Runs of both kinds alternate; the table has the medians.
+that nothing comes from the prefix cache. The server computes in bfloat16 unless told otherwise. Runs of both kinds alternate; the table has the medians.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ COLUMNS = [
 
 def main(
     model: Annotated[str, typer.Argument(help="Folder of the model.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of troupe serve, after `--`.")] = None,
     requests: Annotated[int, typer.Option(help="Requests in one run.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of either kind.")] = 3,
     vocab_size: Annotated[int, typer.Option(help="Prompt tokens are below this.")] = 32_000,
     stream: Annotated[bool, typer.Option(help="Read the answers as server-sent events.")] = False,
-    serve: Annotated[str, typer.Option(help="Further arguments of troupe serve, separated by spaces.")] = "",
     output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
     """Measure requests at once against one at a time."""
@@ -47,7 +47,8 @@ def main(
     def workload() -> list[BenchRequest]:
         return mixed_requests(requests, vocab_size, variant=next(variants))
 
-    with ServeProcess(model, *serve.split()) as server:
+    flags = ["--dtype", "bfloat16", *(arguments or [])]  # the last of two equal flags counts
+    with ServeProcess(model, *flags) as server:
         client = CompletionClient(server.address, server.model_names()[0], stream)
         asyncio.run(client.at_once(mixed_requests(4, vocab_size, output_len=(4, 4), seed=1)))
         seconds = measure_in_turn(
@@ -68,7 +69,13 @@ def main(
         }
         for name, median in medians.items()
     ]
-    settings = {"model": Path(model).name, "requests": requests, "stream": stream, "repeats": repeats, "serve": serve}
+    settings = {
+        "model": Path(model).name,
+        "requests": requests,
+        "stream": stream,
+        "repeats": repeats,
+        "flags": " ".join(flags),
+    }
     publish(Report("bench_http", settings, COLUMNS, rows, {"seconds": seconds, "output_tokens": tokens}), output)
 
 
