@@ -71,7 +71,7 @@ def sample(logits: Tensor, batch: SamplingBatch | None) -> SampledTokens:
     """Choose one token per row.
 
     Args:
-        logits: [S, vocab] float32, contiguous; overwritten if the batch has adjustments.
+        logits: [S, vocab] float32; overwritten if the batch has adjustments.
         batch: parameters of the rows; None: all rows are greedy, report nothing and adjust nothing.
     """
     if batch is None:

@@ -1,0 +1,110 @@
+"""One shard's step: plan in, sampled tokens out.
+
+plan ─▶ slot table ─▶ inputs ─▶ forward (this stage's layers) ─▶ logits of the rows that sample ─▶ tokens
+           ▲                                                                                        │
+           └────────────────────────────── the next step's inputs ◀─────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from ..cluster.model_spec import ModelSpec
+from ..cluster.request import SamplingParams, TokenLogprobs
+from ..cluster.step import NULL_BLOCK, NewSequence, StepPlan, StepResult
+from ..cluster.topology import ShardLayout
+from ..kernels.sampling import SampledTokens, sample
+from .collectives import Collectives
+from .decoder import Decoder
+from .kv_cache import KVCache
+from .slot_table import SlotTable
+from .step_inputs import PreparedStep, SampledRows, StepInputs
+
+
+class ModelRunner:
+    """Runs plans in order. Every shard of a replica gets the same plans; none may skip one."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        spec: ModelSpec,
+        layout: ShardLayout,
+        collectives: Collectives,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """`dtype` is that of the hidden states that pass between stages."""
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._spec = spec
+        self._layout = layout
+        self._collectives = collectives
+        self._device, self._dtype = device, dtype
+        self._table = SlotTable(max_num_seqs, max_model_len, block_size, spec.vocab_size)
+        self._inputs = StepInputs(
+            self._table, block_size=block_size, max_num_batched_tokens=max_num_batched_tokens, device=device
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Execute one step; None on every rank that is not `layout.is_output`."""
+        begin = time.perf_counter()
+        self._table.apply(plan)
+        step = self._inputs.build(plan)
+        model_begin = time.perf_counter()
+        hidden = self._forward(step)
+        if not self._layout.last_stage:
+            return None
+        sampled = self._sample(hidden, step.sampled)
+        end = time.perf_counter()
+        if not self._layout.is_output:
+            return None
+        return StepResult(plan.step, sampled.tokens, _reported(sampled), end - model_begin, end - begin)
+
+    def warm_up(self) -> None:
+        """Run a prompt and a decode step, so that the first request finds every code path loaded.
+
+        All shards of a replica must do so together. It writes the null block only and leaves no other trace.
+        """
+        sampling = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=1, max_tokens=2)
+        self.run(StepPlan(-2, [NewSequence(0, [0, 0], 2, sampling)], [0], [0], [2], [True], 0, [(0, [NULL_BLOCK])], []))
+        self.run(StepPlan(-1, [], [0], [2], [1], [True], 1, [], []))
+        self._table.clear()
+
+    def _forward(self, step: PreparedStep) -> Tensor:
+        """This stage's layers: [T, hidden]."""
+        layout, metadata = self._layout, step.metadata
+        if layout.first_stage:
+            hidden = self._decoder.forward(step.tokens, None, metadata, self._kv_cache)
+        else:
+            shape = (len(step.tokens), self._spec.hidden_size)
+            received = self._collectives.recv_hidden(torch.empty(shape, dtype=self._dtype, device=self._device))
+            hidden = self._decoder.forward(None, received, metadata, self._kv_cache)
+        if not layout.last_stage:
+            self._collectives.send_hidden(hidden)
+        return hidden
+
+    def _sample(self, hidden: Tensor, rows: SampledRows) -> SampledTokens:
+        """One token for every row that samples; every tensor-parallel rank draws the same from the same logits."""
+        if not rows.slots.size:
+            return SampledTokens([], None)
+        logits = self._decoder.logits(hidden[rows.last_tokens])
+        batch = self._table.sampling.batch(rows.slots, rows.lengths, self._table.tokens)
+        sampled = sample(logits, batch)
+        self._table.record(rows.slots, rows.lengths, sampled.tokens)
+        return sampled
+
+
+def _reported(sampled: SampledTokens) -> list[TokenLogprobs | None] | None:
+    if sampled.logprobs is None:
+        return None
+    return [None if entry is None else TokenLogprobs(*entry) for entry in sampled.logprobs]
