@@ -6,17 +6,19 @@ from collections import deque
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_shard import SimulatedShard, generate
+
 from raytroupe.cluster.request import EngineRequest, FinishReason, SamplingParams
 from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
-from simulated_shard import SimulatedShard, generate
 
 MAX_MODEL_LEN = 40
 
 # Few different tokens and few different beginnings, so that prefixes coincide.
 prompts = st.builds(
-    lambda head, tail: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12][:head] + tail,
-    st.integers(0, 12),
-    st.lists(st.integers(0, 1), min_size=1, max_size=20),
+    lambda head, tail, token: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12][:head] + tail * [token],
+    st.sampled_from([0, 4, 8, 12]),
+    st.integers(1, 20),
+    st.integers(0, 1),
 )
 additions = st.tuples(
     st.just("add"), prompts, st.integers(1, 30), st.integers(-1, 2), st.sampled_from(["", "salt"]), st.integers(0, 49)
