@@ -1,0 +1,180 @@
+"""The whole engine in one process, without Ray and without ZeroMQ: for tests, benchmarks and notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from ..cluster.config import load_config
+from ..cluster.errors import ConfigError
+from ..cluster.kv_memory import KVMemory, plan_kv_memory
+from ..cluster.model_spec import load_spec
+from ..cluster.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs, TokenOutput
+from ..cluster.scheduler import Scheduler, SchedulerConfig
+from ..cluster.step import StepResult
+from ..cluster.topology import ShardLayout, kv_bytes_per_block
+from .engine_loop import EngineLoop
+from .executor import Executor, LocalExecutor
+from .shard import Shard
+from .shard_config import ShardConfig
+
+
+class Completion(msgspec.Struct):
+    """All that the engine answered to one request."""
+
+    request_id: str
+    tokens: list[int] = []
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = []
+    """One per token if asked for."""
+    cached_tokens: int = 0
+
+
+class LocalEngine:
+    """One model on one device of this process.
+
+        with LocalEngine("deploy/demo_models/demo-large", dtype="float32") as engine:
+            (answer,) = engine.generate([[1, 4, 60, 6, 5]], SamplingParams(temperature=0, max_tokens=20))
+
+    Args:
+        model: folder in Hugging Face format.
+        num_blocks: blocks of the KV cache; default: decided from the free memory, as `memory` says.
+        fields: fields of `ModelConfig`.
+    """
+
+    def __init__(self, model: str | Path, *, num_blocks: int | None = None, **fields: Any) -> None:
+        config = load_config({"models": [{"model": str(model), **fields}]}).models[0]
+        if config.shards_per_replica * config.replicas > 1:
+            raise ConfigError(
+                f"tensor_parallel_size × pipeline_parallel_size × replicas = "
+                f"{config.shards_per_replica * config.replicas}: the local engine has one shard; serve on Ray for more"
+            )
+        spec = load_spec(Path(model))
+        max_model_len = config.max_model_len or spec.max_position_embeddings
+        layout = ShardLayout()
+        self.shard = Shard(
+            ShardConfig(
+                folder=Path(model),
+                layout=layout,
+                dtype=config.dtype,
+                device=config.device,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                num_threads=config.num_threads,
+            )
+        )
+        self.shard.connect()
+        self.shard.load()
+        self.memory: KVMemory | None = None
+        if num_blocks is None:
+            self.memory = plan_kv_memory(
+                self.shard.memory(),
+                bytes_per_block=kv_bytes_per_block(spec, layout, config.block_size, self.shard.dtype.itemsize),
+                block_size=config.block_size,
+                max_model_len=max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                kv_cache_memory=config.kv_cache_memory,
+            )
+            num_blocks = self.memory.num_blocks
+        self.shard.allocate(num_blocks)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                max_model_len=max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_waiting=config.max_num_waiting,
+                prefix_caching=config.enable_prefix_caching,
+            )
+        )
+        self.step_results: list[StepResult] | None = None
+        """Set to a list to collect the results of all steps, with their times."""
+        self._executor = LocalExecutor(self.shard.run)
+        self._requests = 0
+
+    def generate(
+        self, prompts: Iterable[list[int]], sampling: SamplingParams | Iterable[SamplingParams]
+    ) -> list[Completion]:
+        """Answer prompts of token ids together; completions in the order of the prompts.
+
+        Raises:
+            InvalidRequest: a prompt is empty or does not fit the context. QueueFull: too many at once.
+        """
+        prompts = list(prompts)
+        choices = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        requests = []
+        for prompt, params in zip(prompts, choices, strict=True):
+            self._requests += 1
+            requests.append(EngineRequest(request_id=f"local-{self._requests}", prompt=prompt, sampling=params))
+        return asyncio.run(answer_all(self.scheduler, self._executor, requests, self.step_results))
+
+    def close(self) -> None:
+        """End the thread and free the memory."""
+        self._executor.close()
+        self.shard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+async def answer_all(
+    scheduler: Scheduler,
+    executor: Executor,
+    requests: list[EngineRequest],
+    step_results: list[StepResult] | None = None,
+) -> list[Completion]:
+    """Run the engine loop until all `requests` are answered; results of the steps are appended to `step_results`.
+
+    Raises:
+        RequestError: one cannot be queued; all are aborted. ShardFailed: from the executor.
+    """
+    completions = {request.request_id: Completion(request.request_id) for request in requests}
+    unfinished = set(completions)
+    done = asyncio.Event()
+
+    def collect(outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            completion = completions[output.request_id]
+            completion.tokens += output.tokens
+            completion.logprobs += output.logprobs or []
+            completion.cached_tokens = max(completion.cached_tokens, output.cached_tokens)
+            if output.finish_reason is not None:
+                completion.finish_reason = output.finish_reason
+                unfinished.discard(output.request_id)
+        if not unfinished:
+            done.set()
+
+    loop = EngineLoop(scheduler, executor, collect, None if step_results is None else step_results.append)
+    try:
+        for request in requests:
+            loop.add(request)
+        running = asyncio.ensure_future(loop.run())
+        finished = asyncio.ensure_future(done.wait())
+        if requests:
+            await asyncio.wait([running, finished], return_when=asyncio.FIRST_COMPLETED)
+        finished.cancel()
+        if running.done():
+            running.result()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        while scheduler.num_in_flight:  # computed beyond the end of the last requests
+            scheduler.update(await executor.result())
+    finally:
+        for request in requests:
+            scheduler.abort(request.request_id)
+    return list(completions.values())
