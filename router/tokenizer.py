@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import processors
 
 from ..cluster.errors import CheckpointError
 from .chat_template import ChatTemplate, find_chat_template
@@ -54,7 +53,8 @@ class Tokenizer:
         else:
             backend = _convert_with_transformers(folder)
         special_tokens = _special_tokens(folder, config)
-        _apply_sequence_markers(backend, config, special_tokens)
+        # transformers treats these as special even where tokenizer.json does not say so.
+        backend.add_special_tokens([t for t in special_tokens.values() if backend.token_to_id(t) is not None])
         source = find_chat_template(folder, config)
         return cls(backend, ChatTemplate(source, special_tokens) if source else None)
 
@@ -94,26 +94,6 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         if isinstance(token, str):
             found[name] = token
     return found
-
-
-def _apply_sequence_markers(backend: Backend, config: dict[str, Any], special_tokens: dict[str, str]) -> None:
-    """Let `add_bos_token` and `add_eos_token` of tokenizer_config.json decide what surrounds a text, if it has them.
-
-    transformers gives these flags precedence over the post-processor stored in `tokenizer.json`.
-    """
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-    ids = {token: backend.token_to_id(token) for token in (bos, eos) if token is not None}
-    if None in ids.values():
-        return
-    before, after = [bos] if bos else [], [eos] if eos else []
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
-        special_tokens=list(ids.items()),
-    )
 
 
 def _convert_with_transformers(folder: Path) -> Backend:

@@ -1,0 +1,57 @@
+"""The ingress as a Ray Serve deployment: wires the HTTP face to the replicas of the served models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from ..cluster.messages import ModelCard
+from .api import build_app
+from .cluster_metrics import ClusterMetrics
+from .metrics import IngressMetrics
+from .replica_client import ReplicaClient
+from .token_receiver import TokenReceiver
+
+
+@serve.ingress()
+class Ingress:
+    """One ingress replica. Deploy it with `serve.deployment(Ingress).options(...).bind(...)`."""
+
+    def __init__(self, cards: list[ModelCard], handles: list[DeploymentHandle], max_body_bytes: int) -> None:
+        """Serve the models of `cards`; `handles[i]` reaches the replicas of `cards[i]`.
+
+        Args:
+            cards: the served models.
+            handles: of deployments whose class has `generate(call: bytes) -> bytes` and `check_health()`.
+            max_body_bytes: larger request bodies are refused.
+        """
+        self._cards = cards
+        self._handles = {card.name: handle for card, handle in zip(cards, handles, strict=True)}
+        self._max_body_bytes = max_body_bytes
+        self._receiver = TokenReceiver(ray.util.get_node_ip_address())
+        self._cluster_metrics = ClusterMetrics()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application; Serve asks for it when the replica starts."""
+        return build_app(
+            self._cards,
+            ReplicaClient(self._handles, self._receiver),
+            max_body_bytes=self._max_body_bytes,
+            metrics=IngressMetrics(serve.get_replica_context().replica_id.unique_id),
+            metrics_text=self._cluster_metrics.text,
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        self._receiver.start()
+        try:
+            yield
+        finally:
+            self._receiver.close()
+            await self._cluster_metrics.close()

@@ -1,0 +1,141 @@
+"""Where tokens arrive at an ingress: one ZeroMQ socket, one mailbox per request.
+
+    schedulers ── PUSH ──▶ PULL ── TokenBatch ──▶ Mailbox of request a ──▶ its reader
+                                             └──▶ Mailbox of request b ──▶ its reader
+
+Nothing here waits for a reader: what a slow one has not taken yet is merged into a single output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import TracebackType
+
+import msgspec
+import zmq
+
+from ..cluster.messages import TokenBatch
+from ..cluster.request import TokenOutput
+from ..cluster.secure_socket import SecureContext
+
+logger = logging.getLogger(__name__)
+
+_BURST = 256
+"""Messages taken in a row before other tasks get their turn."""
+
+
+class Mailbox:
+    """Tokens of one request that its reader has not taken yet, and whether more can come."""
+
+    def __init__(self) -> None:
+        self._waiting: TokenOutput | None = None
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    def put(self, output: TokenOutput) -> None:
+        """Add an output; merges it into the one that waits."""
+        self._waiting = output if self._waiting is None else merged(self._waiting, output)
+        self._changed.set()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """No more outputs are expected; a reader without any gets `error`, or None."""
+        self._closed, self._error = True, error
+        self._changed.set()
+
+    async def get(self) -> TokenOutput | None:
+        """The next output, all that has arrived in one; None if the mailbox is closed and empty."""
+        while self._waiting is None:
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        output, self._waiting = self._waiting, None
+        return output
+
+
+def merged(first: TokenOutput, second: TokenOutput) -> TokenOutput:
+    """One output that says what two successive ones of a request say."""
+    logprobs = None
+    if first.logprobs is not None or second.logprobs is not None:
+        logprobs = [*(first.logprobs or ()), *(second.logprobs or ())]
+    return TokenOutput(
+        request_id=first.request_id,
+        tokens=first.tokens + second.tokens,
+        finish_reason=second.finish_reason,
+        stop_token=second.stop_token,
+        logprobs=logprobs,
+        cached_tokens=first.cached_tokens or second.cached_tokens,
+    )
+
+
+class TokenReceiver:
+    """Receives `TokenBatch` messages and hands their outputs to the mailboxes of the requests.
+
+    Only processes that hold the endpoint's keys, which travel with each request through Ray, can send here. Use it on
+    one event loop.
+    """
+
+    def __init__(self, host: str) -> None:
+        """Bind a socket on `host`, loopback or the node's Ray address, at a free port. Reading begins with `start`."""
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._decoder = msgspec.msgpack.Decoder(TokenBatch)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._context = SecureContext()
+        self._socket, self.endpoint = self._context.bind(zmq.PULL, host)
+
+    def start(self) -> None:
+        """Begin to read, on the running event loop. Calling it again does nothing."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._socket.fileno(), self._drain)
+            self._loop.call_soon(self._drain)  # the descriptor signals changes only, and messages may wait already
+
+    def close(self) -> None:
+        """Stop reading and free the port."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._context.close()
+
+    def open(self, request_id: str) -> MailboxLease:
+        """A mailbox for `request_id`, for the time of a `with` block. Outputs for ids without one are dropped."""
+        return MailboxLease(self._mailboxes, request_id)
+
+    def _drain(self) -> None:
+        """Take in the messages that have arrived."""
+        for _ in range(_BURST):
+            if self._socket.closed or not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+                return
+            self._dispatch(self._socket.recv(zmq.DONTWAIT))
+        assert self._loop is not None
+        self._loop.call_soon(self._drain)
+
+    def _dispatch(self, message: bytes) -> None:
+        try:
+            batch = self._decoder.decode(message)
+        except msgspec.MsgspecError as error:
+            logger.error("dropped a malformed token message of %d bytes: %s", len(message), error)
+            return
+        for output in batch.outputs:
+            if (mailbox := self._mailboxes.get(output.request_id)) is not None:
+                mailbox.put(output)
+
+
+class MailboxLease:
+    """Context manager that registers a mailbox and takes it away again."""
+
+    def __init__(self, mailboxes: dict[str, Mailbox], request_id: str) -> None:
+        self._mailboxes = mailboxes
+        self._request_id = request_id
+
+    def __enter__(self) -> Mailbox:
+        assert self._request_id not in self._mailboxes, f"request id {self._request_id} is used twice"
+        mailbox = self._mailboxes[self._request_id] = Mailbox()
+        return mailbox
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        del self._mailboxes[self._request_id]

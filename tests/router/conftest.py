@@ -1,0 +1,108 @@
+"""A scripted engine behind the real HTTP application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from tokenizers import Tokenizer as Backend
+
+from raytroupe.cluster.messages import ModelCard
+from raytroupe.cluster.request import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
+from raytroupe.router.api import build_app
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo_models" / "demo-large"
+END = 6
+"""`<|end|>`, the demo model's end of sequence."""
+
+
+class ScriptedEngine:
+    """Stands at the `EngineClient` boundary and keeps its contract: it "generates" a script's tokens.
+
+    Like the engine it stops at stop tokens and at max_tokens, and reports log-probabilities if asked: the chosen
+    token at −0.25 and the next lower ids at −1.5, −2.5 …
+    """
+
+    def __init__(self) -> None:
+        self.backend = Backend.from_file(str(DEMO / "tokenizer.json"))
+        self.script: Callable[[EngineRequest], list[int]] = lambda request: self.tokens("Paris is nice.")
+        self.tokens_per_output = 1
+        self.error: Exception | None = None
+        """Raised instead of the token after the first `error_after`."""
+        self.error_after = 0
+        self.hold_after: int | None = None
+        """Wait forever once so many tokens were given."""
+        self.cached_tokens = 0
+        self.stalled: list[str] = []
+        self.requests: list[EngineRequest] = []
+        self.running: set[str] = set()
+        self.idle = asyncio.Event()
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    async def generate(self, model: str, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        self.idle.clear()
+        try:
+            sampling = request.sampling
+            script = [*self.script(request), *([END] * sampling.max_tokens)][: sampling.max_tokens]
+            stops = [i for i, t in enumerate(script) if t in sampling.stop_token_ids and i >= sampling.min_tokens]
+            script = script[: stops[0] + 1] if stops else script
+            given = 0
+            while given < len(script):
+                if self.error is not None and given >= self.error_after:
+                    raise self.error
+                if given == self.hold_after:
+                    await asyncio.Event().wait()
+                await asyncio.sleep(0)
+                tokens = script[given : given + self.tokens_per_output]
+                given += len(tokens)
+                last = given == len(script)
+                yield TokenOutput(
+                    request.request_id,
+                    tokens,
+                    (FinishReason.STOP if stops else FinishReason.LENGTH) if last else None,
+                    tokens[-1] if last and stops else None,
+                    None if sampling.logprobs is None else [_logprobs(token, sampling.logprobs) for token in tokens],
+                    self.cached_tokens,
+                )
+        finally:
+            self.running.discard(request.request_id)
+            if not self.running:
+                self.idle.set()
+
+    async def stalled_models(self) -> list[str]:
+        return self.stalled
+
+
+def _logprobs(token: int, top: int) -> TokenLogprobs:
+    others = [(token - k, -0.5 - k) for k in range(1, top)]
+    return TokenLogprobs(-0.25, [(token, -0.25), *others][:top])
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def card() -> ModelCard:
+    return ModelCard(name="demo", path=str(DEMO), max_model_len=256, vocab_size=1280, eos_token_ids=(END, 2), created=7)
+
+
+@pytest.fixture
+def app(engine: ScriptedEngine, card: ModelCard) -> FastAPI:
+    return build_app([card], engine, max_body_bytes=100_000)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://troupe/v1/") as http:
+        yield http
