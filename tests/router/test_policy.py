@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytroupe.router.load_book import LoadBook
 from raytroupe.router.policy import Candidate, fewest_outstanding_tokens
-from raytroupe.router.request_router import LoadBook
 
 candidates = st.lists(
     st.builds(Candidate, st.text(alphabet="abcdef", min_size=1, max_size=3), st.integers(0, 5), st.integers(0, 5)),
