@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE_FALLBACK = re.compile(r"<0x([89A-Fa-f][0-9A-Fa-f])>")
 _ANCHOR = "a"
 """A piece that every decoder passes through unchanged, put before another piece to see it in the middle of a text."""
 
@@ -58,7 +58,7 @@ class TokenBytes:
             except KeyError:  # an added token, stored as plain text
                 return piece.encode()
         if self._byte_fallback and (match := _BYTE_FALLBACK.fullmatch(piece)):
-            return bytes.fromhex(match[1])
+            return bytes.fromhex(match[1])  # part of a character; ASCII goes through the decoder, which may strip it
         if self._decoder is None:  # `tokenizers` joins such tokens with spaces
             return piece.encode() if first else b" " + piece.encode()
         if first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_a_found_stop_string_can_stay() -> None:
 )
 def test_how_text_is_cut_does_not_matter(text: str, stops: list[str], cuts: list[int], include: bool) -> None:
     edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
-    parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [text[a:b] for a, b in itertools.pairwise(edges)]
     shown, found = scan(stops, parts, include)
     # Oracle: the shortest prefix that ends in a stop string, and the longest one it ends in.
     ends = [end for end in range(1, len(text) + 1) if text[:end].endswith(tuple(stops))]
