@@ -6,6 +6,7 @@ replica is not seen here. Serve pickles this module by value, so it holds the ro
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
