@@ -57,19 +57,19 @@ class ChannelExecutor:
         self._closed = False
         self._loop.add_reader(self._socket.fileno(), self._drain)
 
-    async def connected(self, timeout: float) -> None:
+    async def connected(self, within: float) -> None:
         """Wait until every shard has said hello.
 
         Raises:
-            ShardFailed: one failed, or is not here after `timeout` seconds.
+            ShardFailed: one failed, or is not here after `within` seconds.
         """
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(within):
                 while self._missing:
                     await self._wait()
         except TimeoutError:
             names = ", ".join(sorted(identity.decode() for identity in self._missing))
-            raise ShardFailed(f"{names} did not connect to the scheduler within {timeout:g} s") from None
+            raise ShardFailed(f"{names} did not connect to the scheduler within {within:g} s") from None
 
     def submit(self, plan: StepPlan) -> None:
         """Send `plan` to all shards; they run plans in the order of submission."""

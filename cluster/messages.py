@@ -60,3 +60,34 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """temperature, top_p, top_k, repetition_penalty of the model's generation_config.json."""
     created: int = 0
     """Unix seconds."""
+
+
+class LoadProgress(msgspec.Struct, tag=True):
+    """A shard has read so many bytes of its weights."""
+
+    model: str
+    replica: str
+    rank: int
+    loaded_bytes: int
+    total_bytes: int
+
+
+class Notice(msgspec.Struct, tag=True):
+    """One line for the person who started the application."""
+
+    model: str
+    text: str
+    warning: bool = False
+
+
+class StartFailed(msgspec.Struct, tag=True):
+    """A replica cannot start; trying again would not help."""
+
+    model: str
+    kind: str
+    """Class name in `cluster/errors.py`, or of an unexpected exception."""
+    cause: str
+
+
+Report = LoadProgress | Notice | StartFailed
+"""What replicas tell the process that started the application (`actors/reporter.py` → `deploy/`)."""

@@ -43,6 +43,8 @@ class SecureContext:
         socket.zap_domain = domain.encode()
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = server_public, server_secret
+        if ":" in host:
+            socket.ipv6, host = True, f"[{host}]"
         port = socket.bind_to_random_port(f"tcp://{host}")
         endpoint = Endpoint(
             f"tcp://{host}:{port}", server_public.decode(), client_public.decode(), client_secret.decode()
@@ -57,6 +59,7 @@ class SecureContext:
         socket.curve_serverkey = endpoint.server_public_key.encode()
         socket.curve_publickey = endpoint.client_public_key.encode()
         socket.curve_secretkey = endpoint.client_secret_key.encode()
+        socket.ipv6 = "[" in endpoint.address
         socket.connect(endpoint.address)
         return socket
 

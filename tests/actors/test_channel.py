@@ -29,6 +29,14 @@ def result_of(plan: StepPlan) -> StepResult:
     return StepResult(plan.step, [sum(plan.new[0].tokens)], None, 0.5, 1.0)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("nothing happened within 10 s")
+
+
 class Shards:
     """Shard servers in threads; what each received and how each ended."""
 
@@ -115,8 +123,7 @@ async def test_results_that_arrived_before_a_failure_are_still_delivered(executo
     shards.start(executor.endpoint, 1, lambda plan: None)
     await executor.connected(10)
     executor.submit(plan_of(0))
-    while not executor._results:
-        await asyncio.sleep(0.01)
+    await until(lambda: bool(executor._results))
     executor.fail(ShardFailed("gone"))
     assert (await executor.result()).step == 0
     with pytest.raises(ShardFailed, match="gone"):
@@ -126,8 +133,7 @@ async def test_results_that_arrived_before_a_failure_are_still_delivered(executo
 async def test_a_shard_that_never_connects_is_named(executor: ChannelExecutor) -> None:
     shards = Shards()
     shards.start(executor.endpoint, 0, result_of)
-    while len(executor._missing) == 2:
-        await asyncio.sleep(0.01)
+    await until(lambda: len(executor._missing) == 1)
     with pytest.raises(ShardFailed, match=r"^rank-1 did not connect to the scheduler within 0.05 s"):
         await executor.connected(0.05)
 

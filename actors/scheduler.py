@@ -1,0 +1,212 @@
+"""The scheduler actor: a Serve replica around the engine of one model.
+
+One unary Serve call per request is its control: it lasts as long as the request, and cancelling it aborts the request.
+The tokens leave over ZeroMQ (`actors/token_sender.py`), the steps go to the shards over ZeroMQ (`actors/channel.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import msgspec
+import ray
+from ray import serve
+
+from ..cluster.errors import EngineError, RequestError, ShardFailed
+from ..cluster.kv_memory import KVMemory, plan_kv_memory
+from ..cluster.messages import GenerateCall, GenerateReply
+from ..cluster.request import TokenOutput
+from ..cluster.scheduler import Scheduler, SchedulerConfig
+from ..cluster.step import StepResult
+from .engine_loop import EngineLoop
+from .engine_metrics import EngineMetrics, StepTotals
+from .replica_settings import ReplicaSettings
+from .reporter import Reporter
+from .shard_group import ShardGroup
+from .token_sender import TokenSender
+
+logger = logging.getLogger("ray.serve")
+
+METRICS_SECONDS = 1.0
+STALL_SECONDS = 120.0
+"""Work in the queue and no result for so long: the engine hangs."""
+GOODBYE_SECONDS = 0.5
+"""Between telling all callers that the engine failed and ending the process, for the replies to get away."""
+
+
+class SchedulerReplica:
+    """Serves one model with one group of shards."""
+
+    async def __init__(self, settings: ReplicaSettings) -> None:
+        self._settings = settings
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._reporter = Reporter(settings.listener, settings.name, self._replica)
+        self._decoder = msgspec.msgpack.Decoder(GenerateCall)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._ended: dict[str, asyncio.Future[GenerateReply]] = {}
+        self._failure: EngineError | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sender = TokenSender()
+        group = ray.util.get_current_placement_group()
+        assert group is not None, "the deployment has placement group bundles"
+        self._shards = ShardGroup(settings, self._replica, group)
+        try:
+            memory = await self._prepare_shards()
+            self._executor = await self._shards.serve(self._on_shard_death)
+        except Exception as error:
+            self._reporter.start_failed(error)
+            self._shards.kill()
+            self._reporter.close()
+            raise
+        self._start_engine(memory)
+
+    # --- what Serve calls -----------------------------------------------------------------------------------------
+
+    async def generate(self, payload: bytes) -> bytes:
+        """Serve one request: `GenerateCall` in, `GenerateReply` out when it has ended, both msgpack."""
+        call = self._decoder.decode(payload)
+        request_id = call.request.request_id
+        if self._failure is not None:
+            return self._encoder.encode(_reply_to(self._failure))
+        try:
+            self._engine.add(call.request)
+        except RequestError as error:
+            return self._encoder.encode(_reply_to(error))
+        self._sender.register(request_id, call.reply_to)
+        ended = self._ended[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            return self._encoder.encode(await ended)
+        except asyncio.CancelledError:
+            self._engine.abort(request_id)
+            raise
+        finally:
+            del self._ended[request_id]
+            self._sender.unregister(request_id)
+
+    async def engine_stats(self) -> dict[str, object]:
+        """The scheduler's snapshot, the replica's name and whether the engine's invariants hold (None or the fault)."""
+        try:
+            self._scheduler.check_integrity()
+            fault = None
+        except AssertionError as error:
+            fault = str(error)
+        return {"replica": self._replica, "fault": fault, **msgspec.to_builtins(self._scheduler.snapshot())}
+
+    async def check_health(self) -> None:
+        """Healthy means that steps make progress.
+
+        Raises:
+            EngineError: the engine failed, or work waits and nothing has come back for `STALL_SECONDS`.
+        """
+        if self._failure is not None:
+            raise self._failure
+        idle = time.monotonic() - self._engine.last_progress
+        if self._scheduler.has_work and idle > STALL_SECONDS:
+            raise EngineError(f"{self._settings.name}: no step has ended for {idle:.0f} s")
+
+    async def __del__(self) -> None:
+        """Graceful shutdown: Serve calls it when no request is left, or the grace time is over."""
+        for task in self._tasks:
+            task.cancel()
+        self._executor.close()
+        self._shards.kill()
+        self._sender.close()
+        self._reporter.close()
+
+    # --- start ----------------------------------------------------------------------------------------------------
+
+    async def _prepare_shards(self) -> KVMemory:
+        """Load the weights and allocate the KV cache; the size that was decided."""
+        settings = self._settings
+        reports = await self._shards.load()
+        memory = plan_kv_memory(
+            min((report.memory for report in reports), key=lambda memory: memory.free),
+            bytes_per_block=max(report.kv_block_bytes for report in reports),
+            block_size=settings.block_size,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            shards_on_device=settings.shards_per_node if settings.device == "cpu" else 1,
+            kv_cache_memory=settings.kv_cache_memory,
+        )
+        await self._shards.allocate(memory.num_blocks)
+        threads = f", {settings.num_threads} thread(s) each" if settings.device == "cpu" else ""
+        self._reporter.notice(memory.reasoning)
+        self._reporter.notice(f"{len(reports)} {settings.device} shard(s) in {reports[0].dtype}{threads}")
+        return memory
+
+    def _start_engine(self, memory: KVMemory) -> None:
+        settings = self._settings
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=memory.num_blocks,
+                block_size=settings.block_size,
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_num_waiting=settings.max_num_waiting,
+                pipeline_stages=settings.pipeline_parallel_size,
+                prefix_caching=settings.enable_prefix_caching,
+            )
+        )
+        self._totals = StepTotals()
+        self._engine = EngineLoop(self._scheduler, self._executor, self._publish, self._observe)
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._publish_metrics())]
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            await self._engine.run()
+        except ShardFailed as error:
+            await self._fail(error)
+        except Exception as error:  # a bug of ours; the replica is replaced like one whose shard died
+            logger.exception("the engine loop of %s raised", self._settings.name)
+            await self._fail(
+                EngineError(f"the engine of {self._settings.name} failed: {type(error).__name__}: {error}")
+            )
+
+    def _publish(self, outputs: list[TokenOutput]) -> None:
+        self._sender.publish(outputs)
+        for output in outputs:
+            if output.finish_reason is not None:
+                ended = self._ended.get(output.request_id)
+                if ended is not None and not ended.done():
+                    ended.set_result(GenerateReply())
+
+    def _observe(self, result: StepResult) -> None:
+        self._totals.steps += 1
+        self._totals.model_seconds += result.model_seconds
+        self._totals.shard_seconds += result.total_seconds
+
+    async def _publish_metrics(self) -> None:
+        metrics = EngineMetrics(self._settings.name, self._replica)
+        while True:
+            metrics.publish(self._scheduler.snapshot(), self._scheduler.stats.drain_finished(), self._totals)
+            await asyncio.sleep(METRICS_SECONDS)
+
+    # --- failure --------------------------------------------------------------------------------------------------
+
+    def _on_shard_death(self, failure: ShardFailed) -> None:
+        """A shard died, perhaps while no step was under way."""
+        self._tasks.append(asyncio.create_task(self._fail(failure)))
+
+    async def _fail(self, error: EngineError) -> None:
+        """End every request with `error`, then this process: Serve notices a death at once and starts another replica,
+        while it would believe three failed health checks only."""
+        if self._failure is not None:
+            return
+        self._failure = error
+        self._reporter.notice(f"{error}; the replica is replaced", warning=True)
+        for ended in self._ended.values():
+            if not ended.done():
+                ended.set_result(_reply_to(error))
+        self._shards.kill()
+        await asyncio.sleep(GOODBYE_SECONDS)
+        self._reporter.close()
+        ray.kill(ray.get_runtime_context().current_actor)
+
+
+def _reply_to(error: RequestError | EngineError) -> GenerateReply:
+    return GenerateReply(str(error), type(error).__name__, getattr(error, "retry_after", 1))

@@ -1,0 +1,130 @@
+"""The Ray shell around one shard.
+
+All that blocks (importing torch, loading, allocating, the step loop) happens in one thread, which owns the model; the
+actor's event loop stays free. Steps do not come through actor calls: `serve` is one call that lasts as long as the
+replica, and whoever waits for it learns at once when this process dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import ray
+
+from ..cluster.kv_memory import DeviceMemory
+from ..cluster.messages import Endpoint
+from ..cluster.topology import ShardLayout, kv_bytes_per_block
+from .channel import ShardServer
+from .replica_settings import ReplicaSettings
+from .reporter import Reporter
+
+if TYPE_CHECKING:
+    from .shard import Shard
+
+T = TypeVar("T")
+
+
+class ShardPlace(msgspec.Struct, frozen=True):
+    """Where a shard's process runs."""
+
+    node_id: str
+    address: str
+    """Of the node, in Ray's network."""
+    free_port: int
+    """For the rendezvous of all shards, if this is the one with rank 0."""
+
+
+class ShardReport(msgspec.Struct, frozen=True):
+    """What a shard says when it has loaded its weights."""
+
+    memory: DeviceMemory
+    dtype: str
+    kv_block_bytes: int
+    """Size of one KV block on this shard."""
+
+
+class ShardActor:
+    """One shard of one replica, in its own process."""
+
+    def __init__(self, settings: ReplicaSettings, layout: ShardLayout, replica: str) -> None:
+        # Ray sets it to 1 for an actor that asks for less than a CPU; OpenMP reads it when torch is imported.
+        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+        self._settings = settings
+        self._layout = layout
+        self._thread = ThreadPoolExecutor(1, "shard")
+        self._reporter = Reporter(settings.listener, settings.name, replica)
+        self._shard: Shard | None = None
+        self._place = ShardPlace(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), _free_port())
+        self._thread.submit(importlib.import_module, ".shard", __package__)  # torch loads while the group is formed
+
+    def __repr__(self) -> str:
+        return f"Shard({self._settings.name}, rank {self._layout.rank})"
+
+    async def place(self) -> ShardPlace:
+        """Where this process runs."""
+        return self._place
+
+    async def load(self, rendezvous: str) -> ShardReport:
+        """Meet the other shards at `rendezvous`, an address of torch.distributed (empty without any), and load this
+        one's weights.
+
+        Raises:
+            CheckpointError: the model folder cannot be loaded.
+        """
+        return await self._in_thread(lambda: self._load(rendezvous))
+
+    async def allocate(self, num_blocks: int) -> None:
+        """Allocate the KV cache."""
+        assert self._shard is not None, "load first"
+        shard = self._shard
+        await self._in_thread(lambda: shard.allocate(num_blocks))
+
+    async def serve(self, endpoint: Endpoint) -> None:
+        """Connect to the scheduler and run its plans; ends when the scheduler says so.
+
+        Raises:
+            ShardFailed: a step raised.
+        """
+        assert self._shard is not None, "load first"
+        shard = self._shard
+        server = ShardServer(endpoint, self._layout.rank, self._place.address)
+        await self._in_thread(lambda: server.serve(shard.run))
+
+    def _load(self, rendezvous: str) -> ShardReport:
+        from .shard import Shard, ShardConfig
+
+        settings = self._settings
+        config = ShardConfig(
+            folder=settings.folder,
+            layout=self._layout,
+            dtype=settings.dtype,
+            device=settings.device,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=settings.max_model_len,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            num_threads=settings.num_threads,
+            init_method=rendezvous,
+        )
+        self._shard = Shard(config)
+        self._shard.connect()
+        self._shard.load(lambda done, total: self._reporter.progress(self._layout.rank, done, total))
+        dtype = self._shard.dtype
+        block_bytes = kv_bytes_per_block(self._shard.spec, self._layout, settings.block_size, dtype.itemsize)
+        return ShardReport(self._shard.memory(), str(dtype).removeprefix("torch."), block_bytes)
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

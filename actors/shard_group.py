@@ -1,0 +1,115 @@
+"""The shard actors of one replica: created in its placement group, brought up together, watched for death.
+
+```
+place ─▶ load (rendezvous, weights) ─▶ allocate (KV cache) ─▶ serve (connected to the scheduler until the end)
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..cluster.errors import ShardFailed
+from ..cluster.topology import all_layouts
+from .channel import ChannelExecutor
+from .placement import shard_bundle
+from .replica_settings import ReplicaSettings
+from .shard_actor import ShardActor, ShardPlace, ShardReport
+
+CONNECT_SECONDS = 30.0
+
+
+class ShardGroup:
+    """All shards of a replica. Any failure is final: the replica is replaced as a whole."""
+
+    def __init__(self, settings: ReplicaSettings, replica: str, group: PlacementGroup) -> None:
+        """Create the actors in bundles 1, 2, … of `group`; they start in the background."""
+        self._places: list[ShardPlace] = []
+        self._watches: list[asyncio.Task[None]] = []
+        bundle = shard_bundle("cuda" if settings.device == "cuda" else "cpu")
+        actor_class = ray.remote(ShardActor)
+        self._actors = [
+            actor_class.options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, layout.rank + 1),
+            ).remote(settings, layout, replica)
+            for layout in all_layouts(settings.tensor_parallel_size, settings.pipeline_parallel_size)
+        ]
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the replica."""
+        return len(self._actors)
+
+    async def load(self) -> list[ShardReport]:
+        """Load all weights; what every shard reports, in rank order.
+
+        Raises:
+            CheckpointError: the model folder cannot be loaded.
+            ShardFailed: a shard's process died.
+        """
+        self._places = await self._all(lambda actor: actor.place.remote())
+        first = self._places[0]
+        rendezvous = f"tcp://{first.address}:{first.free_port}" if len(self._actors) > 1 else ""
+        return await self._all(lambda actor: actor.load.remote(rendezvous))
+
+    async def allocate(self, num_blocks: int) -> None:
+        """Allocate the KV cache on every shard."""
+        await self._all(lambda actor: actor.allocate.remote(num_blocks))
+
+    async def serve(self, on_death: Callable[[ShardFailed], None]) -> ChannelExecutor:
+        """Connect all shards to a new executor. `on_death` is called, after the executor has failed, at most once."""
+        here = ray.get_runtime_context().get_node_id()
+        local = all(place.node_id == here for place in self._places)
+        executor = ChannelExecutor("127.0.0.1" if local else ray.util.get_node_ip_address(), len(self._actors))
+        reported = False
+
+        async def watch(rank: int, call: Any) -> None:
+            nonlocal reported
+            try:
+                await call
+                return
+            except (RayActorError, RayTaskError) as error:
+                failure = self._explain(rank, error)
+            executor.fail(failure)
+            if not reported:
+                reported = True
+                on_death(failure)
+
+        for rank, actor in enumerate(self._actors):
+            self._watches.append(asyncio.create_task(watch(rank, actor.serve.remote(executor.endpoint))))
+        await executor.connected(CONNECT_SECONDS)
+        return executor
+
+    def kill(self) -> None:
+        """End all shards at once."""
+        for watch in self._watches:
+            watch.cancel()
+        for actor in self._actors:
+            ray.kill(actor)
+
+    async def _all(self, call: Callable[[Any], Any]) -> list[Any]:
+        """Call every shard; the first failure ends the wait, because the others may wait for the one that failed."""
+
+        async def one(rank: int, actor: Any) -> Any:
+            try:
+                return await call(actor)
+            except (RayActorError, RayTaskError) as error:
+                raise self._explain(rank, error) from None
+
+        return list(await asyncio.gather(*(one(rank, actor) for rank, actor in enumerate(self._actors))))
+
+    def _explain(self, rank: int, error: RayActorError | RayTaskError) -> Exception:
+        """What a user should read: a shard's own exception, or that its process is gone."""
+        if isinstance(error, RayTaskError):
+            return error.cause if isinstance(error.cause, Exception) else error
+        where = f" on node {self._places[rank].address}" if self._places else ""
+        return ShardFailed(f"the process of shard {rank}{where} ended unexpectedly")

@@ -1,0 +1,67 @@
+"""The composition root: from what is to be served to one Ray Serve application.
+
+```
+            ┌─▶ demo-large (SchedulerReplica × replicas) ─▶ shard actors
+Ingress ────┤
+ (FastAPI)  └─▶ demo-small (SchedulerReplica × replicas) ─▶ shard actors
+```
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.deployment import Application
+
+from ..actors.placement import SCHEDULER_CPUS, replica_bundles
+from ..actors.scheduler import SchedulerReplica
+from ..cluster.config import ServeConfig
+from ..cluster.messages import Endpoint
+from ..router.ingress import Ingress
+from ..router.request_router import FewestOutstandingTokens
+from .served_model import ServedModel
+
+APPLICATION = "troupe"
+
+_UNLIMITED = 1_000_000
+"""Concurrent calls. The scheduler itself bounds its queue (`max_num_waiting`) and answers with QueueFull."""
+_HEALTH_PERIOD_SECONDS = 2.0
+_DRAIN_SECONDS = 5.0
+
+
+def build_application(config: ServeConfig, models: Sequence[ServedModel], listener: Endpoint | None) -> Application:
+    """One ingress deployment and one scheduler deployment per model; replicas report to `listener`."""
+    handles = [_scheduler_deployment(model, listener) for model in models]
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        num_replicas=config.ingress_replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_UNLIMITED,
+        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        health_check_period_s=_HEALTH_PERIOD_SECONDS,
+    )
+    return ingress.bind([model.card for model in models], handles, config.max_body_bytes)
+
+
+def _scheduler_deployment(model: ServedModel, listener: Endpoint | None) -> Application:
+    deployment = serve.deployment(SchedulerReplica).options(
+        name=deployment_name(model.card.name),
+        num_replicas=model.config.replicas,
+        ray_actor_options={"num_cpus": SCHEDULER_CPUS},
+        placement_group_bundles=replica_bundles(model.config, model.device),
+        placement_group_strategy="PACK",
+        max_ongoing_requests=_UNLIMITED,
+        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        health_check_period_s=_HEALTH_PERIOD_SECONDS,
+        request_router_config=RequestRouterConfig(request_router_class=FewestOutstandingTokens),
+    )
+    return deployment.bind(msgspec.structs.replace(model.settings, listener=listener))
+
+
+def deployment_name(model: str) -> str:
+    """A model's name in Ray's dashboard: characters that Serve or its metrics give a meaning become dashes."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", model)

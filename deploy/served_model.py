@@ -1,0 +1,122 @@
+"""From a user's configuration to what every replica and ingress is told; refuses what cannot work before anything
+starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import psutil
+
+from ..actors.placement import Capacity, Device, check_capacity, resolve_device, shards_per_node
+from ..actors.replica_settings import ReplicaSettings
+from ..cluster.config import ModelConfig
+from ..cluster.errors import ConfigError
+from ..cluster.kv_memory import DeviceMemory, plan_kv_memory
+from ..cluster.messages import ModelCard
+from ..cluster.model_spec import ModelSpec, load_generation_defaults, load_spec
+from ..cluster.topology import all_layouts, check_topology, kv_bytes_per_block, weight_bytes
+from .model_folder import find_model_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """One model of the application, with everything decided."""
+
+    config: ModelConfig
+    device: Device
+    settings: ReplicaSettings
+    card: ModelCard
+
+
+def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[ServedModel]:
+    """Find every model's folder, read its config and decide what the user left open.
+
+    Raises:
+        ConfigError: a division that does not come out even, an application larger than the cluster, a context longer
+            than the model's, a KV cache that cannot hold one request.
+        CheckpointError: a folder or its config is missing or unusable.
+    """
+    folders = [find_model_folder(model.model) for model in models]
+    specs = [load_spec(folder) for folder in folders]
+    for model, spec in zip(models, specs, strict=True):
+        check_topology(spec, model.tensor_parallel_size, model.pipeline_parallel_size)
+    devices = [resolve_device(model, capacity) for model in models]
+    check_capacity(models, devices, capacity)
+
+    served = []
+    for model, folder, spec, device in zip(models, folders, specs, devices, strict=True):
+        sharing = shards_per_node(models, devices, device, capacity.nodes)
+        settings = ReplicaSettings(
+            name=model.name,
+            folder=folder,
+            tensor_parallel_size=model.tensor_parallel_size,
+            pipeline_parallel_size=model.pipeline_parallel_size,
+            dtype=model.dtype,
+            device=device,
+            max_model_len=_max_model_len(model, spec),
+            max_num_seqs=model.max_num_seqs,
+            max_num_batched_tokens=model.max_num_batched_tokens,
+            max_num_waiting=model.max_num_waiting,
+            block_size=model.block_size,
+            kv_cache_memory=model.kv_cache_memory,
+            enable_prefix_caching=model.enable_prefix_caching,
+            num_threads=model.num_threads or max(1, int(capacity.cpus / capacity.nodes) // sharing),
+            shards_per_node=sharing,
+        )
+        defaults = load_generation_defaults(folder)
+        card = ModelCard(
+            name=model.name,
+            path=str(folder),
+            max_model_len=settings.max_model_len,
+            vocab_size=spec.vocab_size,
+            eos_token_ids=spec.eos_token_ids,
+            default_sampling={key: float(value) for key, value in defaults.items() if key != "eos_token_id"},
+            created=int(time.time()),
+        )
+        _check_kv_memory(settings, spec, _dtype_bytes(model, spec))
+        served.append(ServedModel(model, device, settings, card))
+    return served
+
+
+def _dtype_bytes(model: ModelConfig, spec: ModelSpec) -> int:
+    """Bytes of a weight. For `auto` the checkpoint's: a device may need more, which only its shard can tell."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}[spec.dtype if model.dtype == "auto" else model.dtype]
+
+
+def _max_model_len(model: ModelConfig, spec: ModelSpec) -> int:
+    if model.max_model_len is None:
+        return spec.max_position_embeddings
+    if model.max_model_len > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len = {model.max_model_len} exceeds the context of {model.name} "
+            f"({spec.max_position_embeddings} tokens)"
+        )
+    return model.max_model_len
+
+
+def _check_kv_memory(settings: ReplicaSettings, spec: ModelSpec, dtype_bytes: int) -> None:
+    """Find out now what cannot fit: with this machine's memory for CPU shards, as if nothing else were started.
+
+    A GPU's memory is known to its shards only; there the configured size, if any, is compared with one request.
+    """
+    layouts = all_layouts(settings.tensor_parallel_size, settings.pipeline_parallel_size)
+    heaviest = max(weight_bytes(spec, layout, dtype_bytes) for layout in layouts)
+    if settings.device == "cpu":
+        memory = psutil.virtual_memory()
+        free = max(0, memory.available - heaviest * settings.shards_per_node)
+        device, sharing = DeviceMemory("cpu", memory.total, free, heaviest), settings.shards_per_node
+    elif settings.kv_cache_memory is not None:
+        device, sharing = DeviceMemory("cuda", settings.kv_cache_memory, settings.kv_cache_memory, heaviest), 1
+    else:
+        return
+    plan_kv_memory(
+        device,
+        bytes_per_block=max(kv_bytes_per_block(spec, layout, settings.block_size, dtype_bytes) for layout in layouts),
+        block_size=settings.block_size,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        shards_on_device=sharing,
+        kv_cache_memory=settings.kv_cache_memory,
+    )

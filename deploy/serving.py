@@ -1,0 +1,200 @@
+"""The life of `troupe serve`: start the cluster, deploy, wait until requests are answered, keep the user informed."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import zmq
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from ..actors.placement import Capacity
+from ..cluster.config import ServeConfig
+from ..cluster.errors import EngineError
+from ..cluster.messages import LoadProgress, Notice, Report, StartFailed
+from ..cluster.secure_socket import SecureContext
+from .local_cluster import LocalCluster
+from .served_model import ServedModel
+
+POLL_SECONDS = 0.1
+STATUS_SECONDS = 0.5
+HEALTH_SECONDS = 60.0
+"""For the proxy to find the ingress after Serve has declared it running."""
+
+
+class Serving:
+    """One application on one local cluster, from start to end."""
+
+    def __init__(
+        self, config: ServeConfig, models: Sequence[ServedModel], capacity: Capacity, console: Console
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._console = console
+        self._context = SecureContext()
+        self._reports, self._listener = self._context.bind(zmq.PULL, "127.0.0.1")
+        self._decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+        self.cluster = LocalCluster(capacity, config.dashboard_port)
+
+    def start(self) -> None:
+        """Start everything; returns when the API answers.
+
+        Raises:
+            EngineError: a replica cannot start; the message is the cause.
+        """
+        began = time.monotonic()
+        with self._console.status("starting Ray"):
+            self.cluster.start()
+        self._say(f"Ray is up ({time.monotonic() - began:.1f} s)")
+        with self._console.status("starting Ray Serve"):
+            self._deploy()
+        self._await_running()
+        self._await_health()
+        self._say(f"serving after {time.monotonic() - began:.1f} s")
+
+    def run(self) -> None:
+        """Pass on what replicas report, until interrupted."""
+        while True:
+            for report in self._take_reports(timeout_seconds=3600.0):
+                match report:
+                    case Notice(text=text, model=model):
+                        self._say(f"{model}: {text}")
+                    case StartFailed(cause=cause, model=model):
+                        self._say(f"{model}: a replica cannot start: {cause}")
+
+    def stop(self, *, keep_logs: bool = False) -> None:
+        """End every process of the application and its cluster."""
+        self._context.close()
+        self.cluster.stop(keep_logs=keep_logs)
+
+    # --- start ----------------------------------------------------------------------------------------------------
+
+    def _deploy(self) -> None:
+        from ray import serve
+        from ray.serve.schema import LoggingConfig
+
+        from .app import APPLICATION, build_application
+
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(
+            http_options={"host": self._config.host, "port": self._config.port},
+            logging_config=quiet,
+        )
+        application = build_application(self._config, self._models, self._listener)
+        serve.run_many(
+            [serve.RunTarget(application, name=APPLICATION, logging_config=quiet)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+    def _await_running(self) -> None:
+        """Show the loading of weights until all replicas run."""
+        from ray import serve
+        from ray.serve.schema import ApplicationStatus
+
+        from .app import APPLICATION
+
+        next_look = 0.0
+        with self._loading_bars() as update:
+            while True:
+                for report in self._take_reports(POLL_SECONDS):
+                    match report:
+                        case LoadProgress():
+                            update(report)
+                        case Notice(text=text, model=model):
+                            self._say(f"{model}: {text}")
+                        case StartFailed(cause=cause, model=model):
+                            raise EngineError(f"{model}: {cause}")
+                if time.monotonic() < next_look:
+                    continue
+                application = serve.status().applications.get(APPLICATION)
+                if application is not None and application.status == ApplicationStatus.RUNNING:
+                    return
+                if application is not None and application.status == ApplicationStatus.DEPLOY_FAILED:
+                    raise EngineError(_cause(application.message))
+                next_look = time.monotonic() + STATUS_SECONDS
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + HEALTH_SECONDS
+        while time.monotonic() < deadline:
+            if self._healthy():
+                return
+            time.sleep(POLL_SECONDS)
+        raise EngineError(f"the API did not become healthy within {HEALTH_SECONDS:.0f} s")
+
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection(reachable(self._config.host), self._config.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    # --- reports --------------------------------------------------------------------------------------------------
+
+    def _take_reports(self, timeout_seconds: float) -> Iterator[Report]:
+        """What has been reported; waits for the first one, but not longer than the timeout."""
+        if not self._reports.poll(int(timeout_seconds * 1000)):
+            return
+        while self._reports.poll(0):
+            yield self._decoder.decode(self._reports.recv())
+
+    @contextmanager
+    def _loading_bars(self) -> Iterator[Any]:
+        """One bar per shard; gives the function that moves them."""
+        bars: dict[tuple[str, str, int], TaskID] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+        with Progress(*columns, console=self._console, transient=True) as progress:
+
+            def update(report: LoadProgress) -> None:
+                key = (report.model, report.replica, report.rank)
+                if key not in bars:
+                    bars[key] = progress.add_task(f"{report.model} shard {report.rank}", total=report.total_bytes)
+                progress.update(bars[key], completed=report.loaded_bytes)
+
+            yield update
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    # --- for the user ---------------------------------------------------------------------------------------------
+
+    def welcome(self) -> list[str]:
+        """Addresses, and a command to try."""
+        host = reachable(self._config.host)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{self._config.port}"
+        names = ", ".join(model.card.name for model in self._models)
+        body = (
+            f'{{"model": "{self._models[0].card.name}", '
+            '"messages": [{"role": "user", "content": "Which country has the capital Nairobi?"}]}'
+        )
+        return [
+            f"Models     {names}",
+            f"API        {address}/v1",
+            f"Dashboard  {self.cluster.dashboard_url} (asks for a token: `{self.cluster.token_command()}` prints it)",
+            f"Ray        {self.cluster.address} (RAY_ADDRESS for other drivers)",
+            f"Try        curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            "Ctrl-C ends it.",
+        ]
+
+
+def reachable(host: str) -> str:
+    """An address of this machine that reaches a server listening on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _cause(message: str) -> str:
+    """The line of Serve's status message that names the cause: the last one of a traceback."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "the application could not be deployed"
