@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from raytroupe.kernels.philox import philox4x32, uniforms
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from raytroupe.kernels.logit_adjustments import LogitAdjustments, Penalties
 from raytroupe.kernels.philox import uniforms
 from raytroupe.kernels.sampling import SamplingBatch, sample
