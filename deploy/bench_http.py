@@ -4,7 +4,8 @@
     python -m raytroupe.deploy.bench_http bench-models/llama-254m
 
 Requests have mixed lengths (`bench_workload.py`) and end only at their length. Every run has fresh prompt tokens, so
-that nothing comes from the prefix cache. The server computes in bfloat16 unless told otherwise. Runs of both kinds alternate; the table has the medians.
+that nothing comes from the prefix cache. The server computes in bfloat16 unless told otherwise. Runs of both kinds
+alternate; the table has the medians.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import httpx
 import typer
 
 from ..cluster.errors import EngineError
-from .bench_report import Column, Report, measure_in_turn, publish
+from .bench_report import Column, Report, measure_in_turn, publish, run_as_program
 from .bench_server import ServeProcess
 from .bench_workload import BenchRequest, mixed_requests, wanted_tokens
 
@@ -130,4 +131,4 @@ class CompletionClient:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_as_program(main)

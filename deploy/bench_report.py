@@ -7,16 +7,19 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..cluster.errors import TroupeError
 
 LIBRARIES = ("ray", "torch", "transformers", "pyzmq", "numpy")
 
@@ -65,6 +68,16 @@ def cell(value: Any, specification: str) -> str:
 def describe(settings: dict[str, Any]) -> str:
     """`key=value` pairs on one line."""
     return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def run_as_program(main: Callable[..., None]) -> None:
+    """Run a benchmark's `main` with the command line as arguments; an error of ours is one line, not a traceback."""
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program.command()(main)
+    try:
+        program()
+    except TroupeError as error:
+        sys.exit(f"error: {error}")
 
 
 def publish(report: Report, output: Path | None) -> None:

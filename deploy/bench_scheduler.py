@@ -23,7 +23,7 @@ import typer
 from ..cluster.request import EngineRequest, SamplingParams
 from ..cluster.scheduler import Scheduler, SchedulerConfig
 from ..cluster.step import StepPlan, StepResult
-from .bench_report import Column, Report, percentile, publish
+from .bench_report import Column, Report, percentile, publish, run_as_program
 from .bench_workload import mixed_requests
 
 BLOCK_SIZE = 16
@@ -118,4 +118,4 @@ def made_up_answer(plan: StepPlan, rng: random.Random) -> StepResult:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_as_program(main)

@@ -19,7 +19,7 @@ import httpx
 import typer
 
 from ..cluster.errors import EngineError
-from .bench_report import Column, Report, publish
+from .bench_report import Column, Report, publish, run_as_program
 from .bench_server import ServeProcess
 
 COLUMNS = [
@@ -83,4 +83,4 @@ def first_token(server: ServeProcess) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_as_program(main)

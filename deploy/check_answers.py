@@ -18,7 +18,7 @@ import httpx
 import typer
 
 from ..cluster.errors import EngineError
-from .bench_report import Column, Report, publish
+from .bench_report import Column, Report, publish, run_as_program
 from .bench_server import ServeProcess
 from .eval import DEMO_TASKS, EvalItem, load_items, score
 from .greedy_reference import chat_prompts, greedy_tokens
@@ -95,4 +95,4 @@ async def ask(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_as_program(main)

@@ -16,6 +16,8 @@ import typer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .bench_report import run_as_program
+
 VOCAB_SIZE = 32_000
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")
 CHAT_TEMPLATE = (
@@ -76,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_as_program(main)
