@@ -14,7 +14,7 @@ from .weight_names import TensorSlice
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-REOPEN_AFTER_BYTES = 256 * 2**20
+REOPEN_AFTER_BYTES = 128 * 2**20
 """Files are mapped, and pages once read count as memory of the process until the file is closed."""
 READ_BYTES = 64 * 2**20
 """A slice is copied in pieces of this size, which bounds the memory of a conversion to another dtype."""

@@ -6,6 +6,7 @@ states to (p + 1, t).
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from datetime import timedelta
 from typing import Protocol
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from ..cluster.errors import EngineError
 from ..cluster.topology import ShardLayout
+
+CLOSE_TIMEOUT = timedelta(seconds=2)
+"""How long a closing shard waits for a peer to take what was sent to it."""
 
 
 class Collectives(Protocol):
@@ -91,7 +95,10 @@ class DistributedCollectives:
         return into
 
     def close(self) -> None:
-        self._sending.clear()
+        while self._sending:
+            work = self._sending.popleft()
+            with contextlib.suppress(RuntimeError):  # the receiver may be gone
+                work.wait(CLOSE_TIMEOUT)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,0 +1,144 @@
+"""Steps of a paged cache written by hand, for tests of kernels and decoder: no scheduler, no runner."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import torch
+from torch import Tensor
+
+from raytroupe.actors.collectives import Collectives, SingleShard, connect
+from raytroupe.actors.decoder import Decoder
+from raytroupe.actors.kv_cache import KVCache
+from raytroupe.actors.weights import load_weights
+from raytroupe.cluster.model_spec import load_spec
+from raytroupe.cluster.topology import ShardLayout
+from raytroupe.kernels.attention_metadata import AttentionMetadata
+from raytroupe.kernels.backend import load_kernels
+
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass
+class BlockTables:
+    """Shuffled block ids for sequences numbered from 0; block 0 belongs to none."""
+
+    block_size: int
+    num_blocks: int
+    tables: list[list[int]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._free = list(range(1, self.num_blocks))
+        random.Random(7).shuffle(self._free)
+
+    def metadata(self, rows: list[tuple[int, int, int]]) -> AttentionMetadata:
+        """Describe rows (sequence, first position, number of tokens), rows of one token first."""
+        counts = [count for _, _, count in rows]
+        assert counts == sorted(counts, key=lambda count: count != 1)
+        contexts = [start + count for _, start, count in rows]
+        positions, slots = [], []
+        for sequence, start, count in rows:
+            table = self._grown(sequence, start + count)
+            positions += range(start, start + count)
+            slots += [
+                table[p // self.block_size] * self.block_size + p % self.block_size for p in range(start, start + count)
+            ]
+        width = max(-(-context // self.block_size) for context in contexts)
+        padded = [(self.tables[sequence] + [0] * width)[:width] for sequence, _, _ in rows]
+        return AttentionMetadata(
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            query_start=torch.tensor([0, *counts]).cumsum(0).int(),
+            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            block_tables=torch.tensor(padded, dtype=torch.int32),
+            decode_rows=sum(count == 1 for count in counts),
+            counts=counts,
+            contexts=contexts,
+        )
+
+    def _grown(self, sequence: int, length: int) -> list[int]:
+        while len(self.tables) <= sequence:
+            self.tables.append([])
+        table = self.tables[sequence]
+        while len(table) * self.block_size < length:
+            table.append(self._free.pop())
+        return table
+
+
+class Stage:
+    """One loaded shard with its cache."""
+
+    def __init__(self, folder, layout: ShardLayout, collectives: Collectives, max_model_len: int = 512) -> None:
+        self.spec, self.layout = load_spec(folder), layout
+        weights = load_weights(folder, self.spec, layout, torch.float32, CPU)
+        kernels = load_kernels(CPU, torch.float32)
+        self.decoder = Decoder(self.spec, layout, weights, kernels, collectives, max_model_len)
+        self.cache = KVCache(self.spec, layout, 128, 8, torch.float32, CPU)
+
+
+class DecoderDriver:
+    """A decoder on one shard that is fed rows of known sequences and keeps the logits of every position."""
+
+    def __init__(self, folder, sequences: list[list[int]], max_model_len: int = 512) -> None:
+        self.stage = Stage(folder, ShardLayout(), SingleShard(), max_model_len)
+        self.sequences = sequences
+        self.blocks = BlockTables(block_size=8, num_blocks=128)
+        self.logits: list[list[Tensor]] = [[] for _ in sequences]
+
+    def step(self, counts: dict[int, int]) -> None:
+        """Compute the next `counts[i]` tokens of sequence i."""
+        order = sorted(counts, key=lambda i: counts[i] != 1)
+        rows = [(i, len(self.logits[i]), counts[i]) for i in order]
+        tokens = [token for i, start, count in rows for token in self.sequences[i][start : start + count]]
+        metadata = self.blocks.metadata(rows)
+        hidden = self.stage.decoder.forward(torch.tensor(tokens), None, metadata, self.stage.cache)
+        logits = self.stage.decoder.logits(hidden)
+        for (i, _, _), part in zip(rows, logits.split(metadata.counts), strict=True):
+            self.logits[i] += list(part)
+
+    def all_logits(self, sequence: int) -> Tensor:
+        """[positions computed, vocab]."""
+        return torch.stack(self.logits[sequence])
+
+
+def run_shard(
+    folder, layout: ShardLayout, collectives: Collectives, sequences: list[list[int]], steps: list[list[tuple]]
+) -> list[Tensor]:
+    """Run steps, each a list of rows as in `BlockTables.metadata`, on one shard of a replica.
+
+    Returns:
+        On last stages, for every step the logits of each row's last token; else nothing.
+    """
+    stage = Stage(folder, layout, collectives)
+    blocks = BlockTables(block_size=8, num_blocks=128)
+    results = []
+    for rows in steps:
+        metadata = blocks.metadata(rows)
+        tokens = torch.tensor([t for i, start, count in rows for t in sequences[i][start : start + count]])
+        if layout.first_stage:
+            hidden = stage.decoder.forward(tokens, None, metadata, stage.cache)
+        else:
+            received = collectives.recv_hidden(torch.empty(len(tokens), stage.spec.hidden_size))
+            hidden = stage.decoder.forward(None, received, metadata, stage.cache)
+        if layout.last_stage:
+            results.append(stage.decoder.logits(hidden[metadata.query_start[1:].long() - 1]))
+        else:
+            collectives.send_hidden(hidden)
+    return results
+
+
+def run_over_gloo(folders: list, layout: ShardLayout, init_method: str, sequences: list, steps: list) -> list[list]:
+    """`run_shard` for several models in a process of a gloo world; logits as numpy, which pickles."""
+    torch.set_num_threads(1)
+    collectives = connect(layout, init_method, 60.0, CPU)
+    results = [run_shard(folder, layout, collectives, sequences, steps) for folder in folders]
+    torch.distributed.barrier()  # a shard that leaves early fails those that still talk to it
+    collectives.close()
+    return [[logits.numpy() for logits in model] for model in results]
+
+
+def random_sequences(lengths: list[int], vocab_size: int) -> list[list[int]]:
+    """Token ids above the special ones."""
+    generator = random.Random(3)
+    return [[generator.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
