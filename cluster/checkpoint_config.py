@@ -32,6 +32,14 @@ def read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any]:
     return config
 
 
+def mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object; empty where the config has none."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"config.json: {key} = {value!r}; an object is needed")
+    return value
+
+
 def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A positive integer; `default` where the config has none."""
     value = config.get(key)

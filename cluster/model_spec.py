@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from .checkpoint_config import integer, number, optional_number, read_json, token_ids
+from .checkpoint_config import integer, mapping, number, optional_number, read_json, token_ids
 from .errors import CheckpointError, UnsupportedModel
 from .families import FAMILIES, Family, NormPlacement, QKNorm, TensorNaming
 from .layer_spec import LayerSpec, parse_layers
@@ -92,17 +92,22 @@ def load_spec(folder: Path) -> ModelSpec:
         UnsupportedModel: the architecture, rope type, activation or quantisation is not implemented.
     """
     config = read_json(folder, "config.json", required=True)
-    family = FAMILIES[architecture(config)]
-    text = {**family.defaults, **config, **config.get("text_config", {})}
-    if text.get("quantization_config"):
-        method = text["quantization_config"].get("quant_method", "unknown")
+    name = architecture(config)
+    family = FAMILIES[name]
+    text = {**family.defaults, **config, **mapping(config, "text_config")}
+    quantization = mapping(text, "quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
         raise UnsupportedModel(
             f"{folder}/config.json: quantization_config {method!r} is not supported; use an unquantised model"
         )
     if text.get("use_bidirectional_attention"):
         raise UnsupportedModel(f"{folder}/config.json: use_bidirectional_attention is not supported")
     eos = load_generation_defaults(folder).get("eos_token_id", token_ids(text, "eos_token_id"))
-    return build_spec(text, architecture(config), family, eos)
+    try:
+        return build_spec(text, name, family, eos)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}/config.json does not describe a {name}: {error!r}") from error
 
 
 def load_generation_defaults(folder: Path) -> dict[str, Any]:
@@ -125,6 +130,8 @@ def architecture(config: Mapping[str, Any]) -> str:
         UnsupportedModel: it asks for none of them.
     """
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"config.json: architectures = {names!r}; a list is needed")
     for name in names:
         if name in FAMILIES:
             return name

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from .checkpoint_config import integer, number
+from .checkpoint_config import integer, mapping, number
 from .errors import CheckpointError, UnsupportedModel
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -64,10 +64,7 @@ def rope_parameters_of_layer_type(config: Mapping[str, Any], layer_type: str, th
 
 
 def _scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"config.json: rope_parameters = {given!r} is not an object")
-    return given
+    return mapping(config, "rope_parameters") or mapping(config, "rope_scaling")
 
 
 def _flatten(config: Mapping[str, Any], given: Mapping[str, Any], theta: float) -> dict[str, Any]:
