@@ -1,0 +1,48 @@
+"""What "auto" resolves to."""
+
+import pytest
+import torch
+
+from raytroupe.actors import device as device_module
+from raytroupe.actors.device import cpu_has_bfloat16, resolve_device, resolve_dtype
+from raytroupe.cluster.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("avx2 avx512f avx512_bf16 sha", True), ("amx_bf16 amx_int8", True), ("avx2 avx512f avx512_vnni", False)],
+)
+def test_bfloat16_hardware_is_read_from_cpuinfo(flags, expected, tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"processor\t: 0\nmodel name\t: x\nflags\t\t: fpu {flags}\nbugs\t\t: avx512_bf16\n")
+    assert cpu_has_bfloat16(path) is expected
+    assert cpu_has_bfloat16(tmp_path / "missing") is False
+
+
+@pytest.mark.parametrize(
+    ("asked", "checkpoint", "hardware", "expected"),
+    [
+        ("auto", "float32", True, torch.float32),
+        ("auto", "bfloat16", True, torch.bfloat16),
+        ("auto", "bfloat16", False, torch.float32),
+        ("auto", "float16", True, torch.bfloat16),
+        ("auto", "float16", False, torch.float32),
+        ("bfloat16", "float32", False, torch.bfloat16),
+        ("float32", "bfloat16", True, torch.float32),
+    ],
+)
+def test_dtype_on_a_cpu(asked, checkpoint, hardware, expected, monkeypatch):
+    monkeypatch.setattr(device_module, "cpu_has_bfloat16", lambda: hardware)
+    assert resolve_dtype(asked, checkpoint, CPU) is expected
+
+
+def test_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == CPU
+    with pytest.raises(ConfigError, match="device = 'cuda'"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 0)
+    assert resolve_device("cpu") == CPU

@@ -1,0 +1,110 @@
+"""Norm, rotation, activation, linear and mixture kernels against their formulas written out."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from raytroupe.kernels.activation import gated_activation
+from raytroupe.kernels.backend import load_kernels
+from raytroupe.kernels.linear import PackedLinear, PlainLinear, can_pack
+from raytroupe.kernels.moe import route, run_experts
+from raytroupe.kernels.norm import rms_norm, scale_by_rms, sum_of_squares
+from raytroupe.kernels.rotary import rotate_
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (5, 3, 12)])
+def test_rms_norm(shape):
+    x, weight = torch.randn(shape) * 3, torch.randn(shape[-1])
+    expected = functional.rms_norm(x.double(), (shape[-1],), weight.double(), 1e-5).float()
+    before = x.clone()
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected)
+    assert torch.equal(x, before)
+    assert rms_norm(x.bfloat16(), weight, 1e-5).dtype == torch.bfloat16
+
+
+def test_a_norm_in_parts_equals_the_whole():
+    x, weight = torch.randn(4, 36), torch.randn(36)
+    squares = sum_of_squares(x[:, :12]) + sum_of_squares(x[:, 12:])
+    parts = [scale_by_rms(x[:, part], squares / 36, weight[part], 1e-6) for part in (slice(0, 12), slice(12, 36))]
+    torch.testing.assert_close(torch.cat(parts, -1), rms_norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("rotary_dim", [12, 8])
+def test_rotation_turns_pairs_and_passes_the_rest(rotary_dim):
+    qkv = torch.randn(5, 7, 12)
+    angles = torch.randn(5, rotary_dim // 2)
+    cos = torch.cat((angles.cos(), angles.cos()), -1)[:, None]
+    sin = torch.cat((-angles.sin(), angles.sin()), -1)[:, None]
+    before = qkv.clone()
+    rotate_(qkv[:, :4], cos, sin)
+    half = rotary_dim // 2
+    pairs = torch.complex(before[:, :4, :half], before[:, :4, half:rotary_dim])
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    torch.testing.assert_close(qkv[:, :4, :half], turned.real)
+    torch.testing.assert_close(qkv[:, :4, half:rotary_dim], turned.imag)
+    assert torch.equal(qkv[:, :4, rotary_dim:], before[:, :4, rotary_dim:])
+    assert torch.equal(qkv[:, 4:], before[:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("silu", functional.silu),
+        ("gelu", functional.gelu),
+        ("gelu_tanh", lambda x: functional.gelu(x, approximate="tanh")),
+    ],
+)
+def test_gated_activation(name, function):
+    gate, up = torch.randn(3, 14), torch.randn(3, 14)
+    torch.testing.assert_close(gated_activation(torch.cat((gate, up), -1), name), function(gate) * up)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 65])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_equal_plain_ones(rows, biased, dtype):
+    if not can_pack(CPU, dtype):
+        pytest.skip("this torch build has no packed product for the dtype")
+    x, weight = torch.randn(rows, 40).to(dtype), torch.randn(131, 40).to(dtype)
+    bias = torch.randn(131).to(dtype) if biased else None
+    expected = PlainLinear(weight.double(), None if bias is None else bias.double())(x.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.15
+    torch.testing.assert_close(PackedLinear(weight, bias)(x).double(), expected, rtol=0, atol=tolerance)
+
+
+def test_only_the_cpu_packs():
+    assert not can_pack(torch.device("cuda"), torch.float32)
+    assert not can_pack(CPU, torch.float16)
+    assert load_kernels(CPU, torch.float16).linear is PlainLinear
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routing(normalize):
+    logits = torch.randn(6, 5)
+    weights, ids = route(logits, 2, normalize)
+    probabilities = torch.softmax(logits, -1)
+    assert torch.equal(ids, probabilities.argsort(descending=True)[:, :2])
+    expected = probabilities.gather(1, ids)
+    torch.testing.assert_close(weights, expected / expected.sum(-1, keepdim=True) if normalize else expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts_are_summed_with_their_weights(tokens):
+    x = torch.randn(tokens, 10)
+    gate_up, down = torch.randn(4, 12, 10), torch.randn(4, 10, 6)
+    ids = torch.tensor([[2, 0], [0, 3], [2, 3]]).repeat(3, 1)[:tokens]  # expert 1 has no token
+    weights = torch.rand(tokens, 2)
+    out = run_experts(x, weights, ids, list(map(PlainLinear, gate_up)), list(map(PlainLinear, down)), "silu")
+    for token in range(tokens):
+        expected = torch.zeros(10)
+        for weight, expert in zip(weights[token], ids[token], strict=True):
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            expected += weight * (down[expert] @ (functional.silu(gate) * up))
+        torch.testing.assert_close(out[token], expected)
