@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,19 +70,31 @@ class BlockTables:
 class Stage:
     """One loaded shard with its cache."""
 
-    def __init__(self, folder, layout: ShardLayout, collectives: Collectives, max_model_len: int = 512) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: ShardLayout,
+        collectives: Collectives,
+        max_model_len: int = 512,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.spec, self.layout = load_spec(folder), layout
-        weights = load_weights(folder, self.spec, layout, torch.float32, CPU)
-        kernels = load_kernels(CPU, torch.float32)
-        self.decoder = Decoder(self.spec, layout, weights, kernels, collectives, max_model_len)
-        self.cache = KVCache(self.spec, layout, 128, 8, torch.float32, CPU)
+        weights = load_weights(folder, self.spec, layout, dtype, CPU)
+        self.decoder = Decoder(self.spec, layout, weights, load_kernels(CPU, dtype), collectives, max_model_len)
+        self.cache = KVCache(self.spec, layout, 128, 8, dtype, CPU)
 
 
 class DecoderDriver:
     """A decoder on one shard that is fed rows of known sequences and keeps the logits of every position."""
 
-    def __init__(self, folder, sequences: list[list[int]], max_model_len: int = 512) -> None:
-        self.stage = Stage(folder, ShardLayout(), SingleShard(), max_model_len)
+    def __init__(
+        self,
+        folder: Path,
+        sequences: list[list[int]],
+        max_model_len: int = 512,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.stage = Stage(folder, ShardLayout(), SingleShard(), max_model_len, dtype)
         self.sequences = sequences
         self.blocks = BlockTables(block_size=8, num_blocks=128)
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
@@ -103,7 +116,7 @@ class DecoderDriver:
 
 
 def run_shard(
-    folder, layout: ShardLayout, collectives: Collectives, sequences: list[list[int]], steps: list[list[tuple]]
+    folder: Path, layout: ShardLayout, collectives: Collectives, sequences: list[list[int]], steps: list[list[tuple]]
 ) -> list[Tensor]:
     """Run steps, each a list of rows as in `BlockTables.metadata`, on one shard of a replica.
 
@@ -128,7 +141,9 @@ def run_shard(
     return results
 
 
-def run_over_gloo(folders: list, layout: ShardLayout, init_method: str, sequences: list, steps: list) -> list[list]:
+def run_over_gloo(
+    folders: list[Path], layout: ShardLayout, init_method: str, sequences: list, steps: list
+) -> list[list]:
     """`run_shard` for several models in a process of a gloo world; logits as numpy, which pickles."""
     torch.set_num_threads(1)
     collectives = connect(layout, init_method, 60.0, CPU)

@@ -181,3 +181,18 @@ def test_configs_written_by_transformers_4_mean_the_same(family, tmp_path):
     after.step({0: 40})
     assert after.stage.spec == before.stage.spec
     assert torch.equal(after.all_logits(0), before.all_logits(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "granite"])
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(family, tmp_path):
+    folder = make_tiny_model(family, tmp_path)
+    sequences = random_sequences([60], VOCAB_SIZE)
+    exact = reference_logits(folder, sequences)[0]
+    with torch.inference_mode():
+        theirs = load_reference(folder).bfloat16()(torch.tensor(sequences)).logits[0].float()
+    driver = DecoderDriver(folder, sequences, dtype=torch.bfloat16)
+    driver.step({0: 50})
+    for _ in range(10):
+        driver.step({0: 1})
+    ours = driver.all_logits(0)
+    assert (ours - exact).square().mean() < 1.5 * (theirs - exact).square().mean()
