@@ -1,0 +1,67 @@
+"""Tensor and pipeline parallelism do not change an answer: every family on 2 and 4 shard processes, fp32."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from engine_references import LONGEST, NEW_TOKENS, family_reference
+from shard_processes import ProcessShards
+from tiny_models import FAMILIES
+
+from raytroupe.actors.local_engine import answer_all
+from raytroupe.cluster.request import EngineRequest, SamplingParams
+from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+
+BLOCK_SIZE = 8
+BUDGET = 48
+
+
+@pytest.fixture(scope="module")
+def shards() -> Iterator[ProcessShards]:
+    processes = ProcessShards()
+    processes.launch(4)
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_give_the_reference_answers(family, tp, pp, shards, tmp_path_factory):
+    reference = family_reference(family, tmp_path_factory.getbasetemp() / "families")
+    # A pool that holds less than two of the longest requests, so that preemption meets parallelism too.
+    num_blocks = 1 + 2 * -(-LONGEST // BLOCK_SIZE)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            max_model_len=LONGEST,
+            max_num_seqs=8,
+            max_num_batched_tokens=BUDGET,
+            pipeline_stages=pp,
+        )
+    )
+    executor = shards.executor(
+        reference.folder,
+        tp,
+        pp,
+        num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=8,
+        max_model_len=LONGEST,
+        max_num_batched_tokens=BUDGET,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    requests = [
+        EngineRequest(request_id=str(index), prompt=prompt, sampling=sampling)
+        for index, prompt in enumerate(reference.prompts)
+    ]
+    try:
+        completions = asyncio.run(answer_all(scheduler, executor, requests))
+    finally:
+        executor.close()
+    assert [completion.tokens for completion in completions] == reference.answers
+    assert scheduler.stats.preemptions > 0
+    scheduler.check_integrity()
+    assert scheduler.snapshot().blocks_held == 0
