@@ -24,7 +24,7 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   rewrite the sources as make lint wants them'
 	@echo 'make bench    run every benchmark         (takes about half an hour on two idle cores)'
-	@echo 'make clean    remove .venv, caches and benchmark models'
+	@echo 'make clean    remove .venv, caches, benchmark models and results'
 
 install: $(INSTALLED)
 
@@ -61,5 +61,5 @@ bench: $(INSTALLED)
 	@exec $(BIN)/python -m raytroupe.deploy.bench_all $(ARGS)
 
 clean:
-	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-models *.egg-info build dist
+	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-models bench-results *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

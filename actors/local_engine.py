@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -96,8 +96,8 @@ class LocalEngine:
                 prefix_caching=config.enable_prefix_caching,
             )
         )
-        self.step_results: list[StepResult] | None = None
-        """Set to a list to collect the results of all steps, with their times."""
+        self.observe: Callable[[StepResult], None] | None = None
+        """Called with the result of every step, after the scheduler has taken it in."""
         self._executor = LocalExecutor(self.shard.run)
         self._requests = 0
 
@@ -115,7 +115,7 @@ class LocalEngine:
         for prompt, params in zip(prompts, choices, strict=True):
             self._requests += 1
             requests.append(EngineRequest(request_id=f"local-{self._requests}", prompt=prompt, sampling=params))
-        return asyncio.run(answer_all(self.scheduler, self._executor, requests, self.step_results))
+        return asyncio.run(answer_all(self.scheduler, self._executor, requests, self.observe))
 
     def close(self) -> None:
         """End the thread and free the memory."""
@@ -135,9 +135,9 @@ async def answer_all(
     scheduler: Scheduler,
     executor: Executor,
     requests: list[EngineRequest],
-    step_results: list[StepResult] | None = None,
+    observe: Callable[[StepResult], None] | None = None,
 ) -> list[Completion]:
-    """Run the engine loop until all `requests` are answered; results of the steps are appended to `step_results`.
+    """Run the engine loop until all `requests` are answered; `observe` is called with the result of every step.
 
     Raises:
         RequestError: one cannot be queued; all are aborted. ShardFailed: from the executor.
@@ -158,7 +158,7 @@ async def answer_all(
         if not unfinished:
             done.set()
 
-    loop = EngineLoop(scheduler, executor, collect, None if step_results is None else step_results.append)
+    loop = EngineLoop(scheduler, executor, collect, observe)
     try:
         for request in requests:
             loop.add(request)

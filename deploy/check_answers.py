@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from transformers.utils.logging import disable_progress_bar
 
 from ..cluster.errors import EngineError
 from .bench_report import Column, Report, publish, run_as_program
@@ -41,6 +42,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
     """Compare the answers of the embedded models over HTTP with those of transformers."""
+    disable_progress_bar()
     items = load_items(tasks)
     rows: list[dict[str, Any]] = []
     differing: dict[str, list[str]] = {}

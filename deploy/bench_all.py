@@ -1,0 +1,50 @@
+"""Run every benchmark, one after the other, each in a process of its own: `make bench`.
+
+Nothing else should run on the machine meanwhile. The benchmark model is made if it is not there. Tables go to standard
+output, JSON to a folder.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..cluster.errors import EngineError
+from .bench_report import run_as_program
+
+PACKAGE = __name__.rpartition(".")[0]
+WITHOUT_MODEL = ("bench_scheduler", "bench_kv_waste", "bench_startup", "check_answers")
+WITH_MODEL = ("bench_step", "bench_transformers", "bench_http")
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the benchmark model.")] = Path("bench-models/llama-254m"),
+    results: Annotated[Path, typer.Option(help="Folder for the figures as JSON.")] = Path("bench-results"),
+) -> None:
+    """Run every benchmark."""
+    if not (model / "config.json").exists():
+        run("make_bench_model", str(model))
+    for name in WITHOUT_MODEL:
+        run(name, "--output", str(results / f"{name}.json"))
+    for name in WITH_MODEL:
+        run(name, str(model), "--output", str(results / f"{name}.json"))
+
+
+def run(name: str, *arguments: str) -> None:
+    """Run one module of this folder as a program.
+
+    Raises:
+        EngineError: it failed; it has said why.
+    """
+    print(f"\n{name} {' '.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", f"{PACKAGE}.{name}", *arguments]).returncode
+    if code != 0:
+        raise EngineError(f"{name} ended with code {code}")
+
+
+if __name__ == "__main__":
+    run_as_program(main)
