@@ -115,6 +115,10 @@ class LocalEngine:
         for prompt, params in zip(prompts, choices, strict=True):
             self._requests += 1
             requests.append(EngineRequest(request_id=f"local-{self._requests}", prompt=prompt, sampling=params))
+        return self.answer(requests)
+
+    def answer(self, requests: list[EngineRequest]) -> list[Completion]:
+        """Answer whole requests together; raises as `generate` does."""
         return asyncio.run(answer_all(self.scheduler, self._executor, requests, self.observe))
 
     def close(self) -> None:
