@@ -95,8 +95,11 @@ def build_app(
             if not job.stream:
                 body = await while_connected(http, _collect(job, updates))
                 return Response(body, headers=headers, media_type="application/json")
-            # Until the first token a failure still has its own HTTP status.
-            first = await while_connected(http, anext(updates))
+            try:  # until the first token a failure still has its own HTTP status
+                first = await while_connected(http, anext(updates))
+            except BaseException:
+                await updates.aclose()  # that token may have come in the moment in which the client left
+                raise
             return EventStream(_events(job, first, updates), updates.aclose, headers)
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -71,10 +71,11 @@ def sampling_params(
         )
     max_tokens = room if max_tokens is None else max_tokens
     if max_tokens > room:
+        param = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
         raise InvalidRequest(
-            f"max_tokens = {_shown(max_tokens)}: with the prompt of {prompt_tokens} tokens it exceeds the context of "
+            f"{param} = {_shown(max_tokens)}: with the prompt of {prompt_tokens} tokens it exceeds the context of "
             f"{card.max_model_len}; at most {room} are possible",
-            param="max_tokens",
+            param=param,
         )
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 
@@ -40,6 +42,7 @@ class ScriptedEngine:
         self.stalled: list[str] = []
         self.requests: list[EngineRequest] = []
         self.running: set[str] = set()
+        self.began: asyncio.Queue[str] = asyncio.Queue()
         self.idle = asyncio.Event()
 
     def tokens(self, text: str) -> list[int]:
@@ -49,6 +52,7 @@ class ScriptedEngine:
     async def generate(self, model: str, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         self.running.add(request.request_id)
+        self.began.put_nowait(request.request_id)
         self.idle.clear()
         try:
             sampling = request.sampling
@@ -99,10 +103,23 @@ def card() -> ModelCard:
 
 @pytest.fixture
 def app(engine: ScriptedEngine, card: ModelCard) -> FastAPI:
-    return build_app([card], engine, max_body_bytes=100_000)
+    return build_app([card], engine, max_body_bytes=1_000_000)
 
 
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://troupe/v1/") as http:
         yield http
+
+
+@pytest.fixture
+async def address(app: FastAPI) -> AsyncIterator[str]:
+    """`http://host:port` of a real server around the application."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    serving = asyncio.create_task(server.serve([listener]))
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.005)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = server.force_exit = True
+    await serving

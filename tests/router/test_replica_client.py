@@ -1,0 +1,236 @@
+"""A request survives the death of its replica, and never outlives its reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError
+
+from raytroupe.cluster.errors import EngineError, InvalidRequest, QueueFull, ReplicaUnavailable
+from raytroupe.cluster.messages import GenerateCall, GenerateReply, TokenBatch
+from raytroupe.cluster.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
+from raytroupe.cluster.secure_socket import SecureContext
+from raytroupe.router.replica_client import ReplicaClient
+from raytroupe.router.token_receiver import TokenReceiver
+
+LENGTH = 8
+"""Tokens of every answer; the token at position p is 100 + p, whoever computes it."""
+
+
+class Response:
+    """What a Serve handle call returns, as far as the client uses it."""
+
+    def __init__(self, replica: Replica, work: asyncio.Task[bytes]) -> None:
+        self._replica, self._work = replica, work
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        return asyncio.shield(self._work).__await__()
+
+    def cancel(self) -> None:
+        self._work.cancel()
+        self._replica.cancelled += 1
+
+
+class Replica:
+    """Stands for the deployment handle and what is behind it: real messages over a real socket, but no model.
+
+    `faults[i]` is what happens to call i: `(tokens sent before, exception to raise or reply to give)`.
+    """
+
+    deployment_name = "demo"
+
+    def __init__(self, context: SecureContext) -> None:
+        self.faults: list[tuple[int, Exception | GenerateReply | None]] = []
+        self.calls: list[GenerateCall] = []
+        self.cancelled = 0
+        self.late: Callable[[GenerateCall], TokenOutput] | None = None
+        self.health: list[Exception | None] = []
+        self.generate = self
+        self._context = context
+        self._sockets: dict[str, zmq.Socket[Any]] = {}
+
+    def remote(self, payload: bytes) -> Response:
+        call = msgspec.msgpack.decode(payload, type=GenerateCall)
+        self.calls.append(call)
+        return Response(self, asyncio.get_running_loop().create_task(self._serve(call, len(self.calls) - 1)))
+
+    def broadcast(self, method: str) -> Replica:
+        assert method == "check_health"
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Exception | None]:
+        if not self.health:
+            raise TimeoutError
+        return self.health
+
+    async def _serve(self, call: GenerateCall, index: int) -> bytes:
+        sent, end = self.faults[index] if index < len(self.faults) else (LENGTH, GenerateReply())
+        known = len(call.request.generated)
+        for position in range(known, min(known + sent, LENGTH)):
+            last = position == LENGTH - 1
+            output = TokenOutput(call.request.request_id, [100 + position], FinishReason.LENGTH if last else None)
+            self.send(call, output)
+            await asyncio.sleep(0.001)
+        if end is None:
+            await asyncio.Event().wait()
+        if isinstance(end, Exception):
+            raise end
+        return msgspec.msgpack.encode(end)
+
+    def send(self, call: GenerateCall, *outputs: TokenOutput) -> None:
+        address = call.reply_to.address
+        if address not in self._sockets:
+            self._sockets[address] = self._context.connect(zmq.PUSH, call.reply_to)
+        self._sockets[address].send(msgspec.msgpack.encode(TokenBatch(list(outputs))))
+
+
+@pytest.fixture
+def replica():
+    with SecureContext() as context:
+        yield Replica(context)
+
+
+@pytest.fixture
+async def client(replica):
+    receiver = TokenReceiver("127.0.0.1")
+    yield ReplicaClient(
+        {"demo": replica},
+        receiver,
+        max_resubmissions=3,
+        resubmission_wait_s=0.001,
+        resubmission_timeout_s=0.3,
+        straggler_timeout_s=0.1,
+    )
+    assert receiver._mailboxes == {}
+    receiver.close()
+
+
+def request() -> EngineRequest:
+    return EngineRequest(request_id="r", prompt=[1, 2], sampling=SamplingParams(max_tokens=LENGTH, seed=3))
+
+
+async def collect(client: ReplicaClient) -> list[int]:
+    outputs = [output async for output in client.generate("demo", request())]
+    assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    return [token for output in outputs for token in output.tokens]
+
+
+ANSWER = [100 + position for position in range(LENGTH)]
+LOST = [
+    ActorDiedError(),
+    ActorUnavailableError("network", None),
+    TaskCancelledError(),
+    GenerateReply("rank 1 died", "ShardFailed"),
+    GenerateReply("the loop failed", "EngineError"),
+]
+
+
+async def test_a_request_runs_on_one_replica(client, replica) -> None:
+    assert await collect(client) == ANSWER
+    assert len(replica.calls) == 1
+    assert replica.cancelled == 0
+
+
+@pytest.mark.parametrize("end", LOST, ids=lambda end: type(end).__name__)
+@pytest.mark.parametrize("sent", [0, 3])
+async def test_tokens_so_far_go_to_another_replica_and_none_comes_twice(client, replica, end, sent) -> None:
+    replica.faults = [(sent, end), (2, end)]
+    assert await collect(client) == ANSWER
+    known = [call.request.generated for call in replica.calls]
+    assert all(tokens == ANSWER[: len(tokens)] for tokens in known)
+    assert [len(tokens) for tokens in known] == [0, sent, sent + 2]
+    assert len({call.request.request_id for call in replica.calls}) == 3
+    assert {(tuple(call.request.prompt), call.request.sampling.seed) for call in replica.calls} == {((1, 2), 3)}
+
+
+async def test_late_tokens_of_a_dead_replica_are_dropped(client, replica) -> None:
+    replica.faults = [(3, ActorDiedError()), (0, None)]
+    tokens: list[int] = []
+    outputs = client.generate("demo", request())
+    async for output in outputs:
+        tokens += output.tokens
+        if len(tokens) == 3:
+            break
+    reading = asyncio.create_task(anext(outputs))
+    while len(replica.calls) < 2:  # noqa: ASYNC110 - waits for the client's own pause
+        await asyncio.sleep(0.005)
+    dead, alive = replica.calls
+    replica.send(dead, TokenOutput(dead.request.request_id, [666], FinishReason.STOP))
+    replica.send(alive, TokenOutput(alive.request.request_id, [103]))
+    assert (await reading).tokens == [103]
+    await outputs.aclose()
+
+
+async def test_after_too_many_deaths_the_client_is_told(client, replica) -> None:
+    replica.faults = [(1, ActorDiedError())] * 4
+    with pytest.raises(ReplicaUnavailable, match="after 4 attempts"):
+        await collect(client)
+    assert len(replica.calls) == 4
+
+
+async def test_a_resubmitted_request_does_not_wait_forever(client, replica) -> None:
+    replica.faults = [(0, ActorDiedError()), (0, None), (0, None), (0, None)]
+    with pytest.raises(ReplicaUnavailable):
+        await collect(client)
+    assert replica.cancelled >= 3
+
+
+async def test_a_reply_without_its_last_tokens_is_a_loss_too(client, replica) -> None:
+    replica.faults = [(3, GenerateReply())]
+    assert await collect(client) == ANSWER
+    assert len(replica.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        (GenerateReply("full", "QueueFull", 9), QueueFull),
+        (GenerateReply("bad", "InvalidRequest"), InvalidRequest),
+        (GenerateReply("odd", "SomethingNew"), EngineError),
+        (RayTaskError("generate", "traceback", ValueError("bug")), EngineError),
+        (BackPressureError(1, 1), QueueFull),
+        (RuntimeError("unexpected"), RuntimeError),
+    ],
+    ids=lambda value: getattr(value, "error_kind", None) or getattr(value, "__name__", type(value).__name__),
+)
+async def test_other_failures_are_final(client, replica, end, error) -> None:
+    replica.faults = [(0, end)]
+    with pytest.raises(error) as caught:
+        await collect(client)
+    assert len(replica.calls) == 1
+    if isinstance(end, GenerateReply) and error is QueueFull:
+        assert caught.value.retry_after == 9
+
+
+async def test_closing_the_generator_cancels_the_call(client, replica) -> None:
+    replica.faults = [(2, None)]
+    outputs = client.generate("demo", request())
+    assert (await anext(outputs)).tokens[0] == 100
+    await outputs.aclose()
+    assert replica.cancelled == 1
+
+
+async def test_cancelling_the_reader_cancels_the_call(client, replica) -> None:
+    replica.faults = [(0, None)]
+    reading = asyncio.create_task(collect(client))
+    await asyncio.sleep(0.02)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert replica.cancelled == 1
+
+
+@pytest.mark.parametrize(
+    ("health", "stalled"),
+    [([None], []), ([EngineError("stuck"), None], []), ([EngineError("stuck")], ["demo"]), ([], ["demo"])],
+)
+async def test_a_model_is_healthy_if_one_replica_says_so(client, replica, health, stalled) -> None:
+    replica.health = health
+    assert await client.stalled_models() == stalled

@@ -1,0 +1,151 @@
+"""Tokens arrive over real ZeroMQ sockets, only from senders with the right keys."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from zmq.utils.monitor import recv_monitor_message
+
+from raytroupe.cluster.messages import Endpoint, TokenBatch
+from raytroupe.cluster.request import FinishReason, TokenLogprobs, TokenOutput
+from raytroupe.cluster.secure_socket import SecureContext
+from raytroupe.router.token_receiver import Mailbox, TokenReceiver, merged
+
+
+@pytest.fixture
+async def receiver():
+    receiver = TokenReceiver("127.0.0.1")
+    receiver.start()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+def context():
+    with SecureContext() as context:
+        yield context
+
+
+def batch(*outputs: TokenOutput) -> bytes:
+    return msgspec.msgpack.encode(TokenBatch(list(outputs)))
+
+
+async def drain(mailbox: Mailbox) -> TokenOutput:
+    """Everything up to the finish reason, as one output."""
+    output = await mailbox.get()
+    while output.finish_reason is None:
+        output = merged(output, await mailbox.get())
+    return output
+
+
+async def test_outputs_reach_their_requests_in_order(receiver, context) -> None:
+    sender = context.connect(zmq.PUSH, receiver.endpoint)
+    with receiver.open("a") as a, receiver.open("b") as b:
+        sender.send(batch(TokenOutput("a", [1], cached_tokens=5), TokenOutput("b", [7]), TokenOutput("unknown", [9])))
+        sender.send(b"not a batch")
+        sender.send(batch(TokenOutput("b", [8], FinishReason.STOP, 8), TokenOutput("a", [2, 3], FinishReason.LENGTH)))
+        assert await drain(a) == TokenOutput("a", [1, 2, 3], FinishReason.LENGTH, None, None, 5)
+        assert await drain(b) == TokenOutput("b", [7, 8], FinishReason.STOP, 8)
+
+
+async def test_a_reader_that_sleeps_gets_all_in_one(receiver, context) -> None:
+    sender = context.connect(zmq.PUSH, receiver.endpoint)
+    with receiver.open("slow") as slow, receiver.open("last") as last:
+        for step in range(1000):
+            sender.send(batch(TokenOutput("slow", [step], logprobs=[TokenLogprobs(-float(step), [])])))
+        sender.send(batch(TokenOutput("last", [])))
+        await last.get()
+        output = await slow.get()
+    assert output.tokens == list(range(1000))
+    assert [logprobs.chosen for logprobs in output.logprobs] == [-float(step) for step in range(1000)]
+
+
+async def test_a_sender_without_the_right_keys_is_refused(receiver, context) -> None:
+    stranger_public, stranger_secret = map(bytes.decode, zmq.curve_keypair())
+    endpoint = receiver.endpoint
+    unknown_client = msgspec.structs.replace(
+        endpoint, client_public_key=stranger_public, client_secret_key=stranger_secret
+    )
+    wrong_server = msgspec.structs.replace(endpoint, server_public_key=stranger_public)
+    with receiver.open("a") as mailbox:
+        for bad, event in (
+            (unknown_client, zmq.EVENT_HANDSHAKE_FAILED_AUTH),
+            (wrong_server, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL),
+        ):
+            await refused(context, bad, event)
+        context.connect(zmq.PUSH, endpoint).send(batch(TokenOutput("a", [2])))
+        assert await mailbox.get() == TokenOutput("a", [2])
+
+
+async def refused(context: SecureContext, endpoint: Endpoint, event: int) -> None:
+    """Try to send a token for request "a"; returns when the receiver has refused the connection."""
+    # To see the handshake, the monitor has to be there before it: connect to nobody first.
+    sender = context.connect(zmq.PUSH, msgspec.structs.replace(endpoint, address="inproc://nobody"))
+    monitor = sender.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+    sender.connect(endpoint.address)
+    sender.send(batch(TokenOutput("a", [1])))
+    # While this process waits in a thread, the receiver answers in its own.
+    found = await asyncio.to_thread(recv_monitor_message, monitor)
+    assert found["event"] in (event, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+    sender.disable_monitor()
+    sender.close(linger=0)
+
+
+async def test_messages_that_came_before_reading_began_are_not_lost(context) -> None:
+    receiver = TokenReceiver("127.0.0.1")
+    with receiver.open("a") as mailbox:
+        sender = context.connect(zmq.PUSH, receiver.endpoint)
+        for token in range(600):  # more than are taken in one go
+            sender.send(batch(TokenOutput("a", [token])))
+        receiver.start()
+        tokens: list[int] = []
+        while len(tokens) < 600:
+            tokens += (await mailbox.get()).tokens
+    receiver.close()
+    assert tokens == list(range(600))
+
+
+async def test_a_closed_mailbox_gives_what_it_has_then_says_why_there_is_no_more() -> None:
+    mailbox = Mailbox()
+    mailbox.put(TokenOutput("a", [1]))
+    mailbox.close()
+    assert (await mailbox.get()).tokens == [1]
+    assert await mailbox.get() is None
+    mailbox.close(ValueError("lost"))
+    with pytest.raises(ValueError, match="lost"):
+        await mailbox.get()
+
+
+async def test_closing_wakes_a_waiting_reader() -> None:
+    mailbox = Mailbox()
+    waiting = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    mailbox.close(ValueError("lost"))
+    with pytest.raises(ValueError, match="lost"):
+        await waiting
+
+
+outputs = st.builds(
+    TokenOutput,
+    st.just("a"),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.none(),
+    st.none(),
+    st.none(),
+    st.integers(0, 1),
+)
+
+
+@given(outputs, outputs, outputs)
+def test_merging_is_associative(a, b, c) -> None:
+    assert merged(merged(a, b), c) == merged(a, merged(b, c))
+
+
+def test_listening_everywhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="all interfaces"):
+        TokenReceiver("0.0.0.0")
