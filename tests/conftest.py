@@ -1,9 +1,16 @@
 """Makes the modules in `tests/` importable from every test folder, and shares the shard processes among all tests."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: on tiny models a second thread costs more than it computes, and far more on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before ray is imported: `troupe serve` starts Ray with token authentication, and the tests look into that cluster.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 sys.path.insert(0, str(Path(__file__).parent))
 

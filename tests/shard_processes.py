@@ -63,9 +63,10 @@ class ProcessShards:
 
     def close(self) -> None:
         """End all processes."""
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             with contextlib.suppress(OSError):
                 connection.send(("exit", None))
+        for process, connection in self._workers:
             process.join(10)
             if process.is_alive():
                 process.terminate()
