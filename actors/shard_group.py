@@ -37,6 +37,7 @@ class ShardGroup:
         actor_class = ray.remote(ShardActor)
         self._actors = [
             actor_class.options(
+                name=f"{settings.name}:{replica}:{layout.rank}",
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, layout.rank + 1),

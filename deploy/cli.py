@@ -14,10 +14,11 @@ from rich.console import Console
 
 from .. import __version__
 from ..cluster.config import ServeConfig, load_config
-from ..cluster.errors import CheckpointError, ConfigError, TroupeError
+from ..cluster.errors import CheckpointError, ConfigError, EngineError, TroupeError
 from .eval import eval_command
 from .local_machine import local_capacity, port_is_free
 from .model_folder import DEMO_MODELS
+from .quiet_output import quiet_output
 
 EXIT_REFUSED = 2
 """The configuration or a model folder cannot be used; nothing was started."""
@@ -164,21 +165,22 @@ def _serve(config: ServeConfig) -> None:
     """Check what can be checked, start, and run until interrupted; leaves no process behind."""
     from .served_model import resolve_models
 
-    console = Console()
     capacity = local_capacity()
     models = resolve_models(config.models, capacity)
 
     from .serving import Serving
 
-    serving = Serving(config, models, capacity, console)
-    failed = False
+    serving = Serving(config, models, capacity)
+    failed = True
     try:
-        serving.start()
-        for line in serving.welcome():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        serving.run()
-    except TroupeError:
-        failed = True
+        with quiet_output(serving.cluster.log) as terminal:
+            serving.start(Console(file=terminal))
+            failed = False
+            serving.run()
+    except TroupeError as error:
+        raise EngineError(f"{error} (logs: {serving.cluster.folder})") from error
+    except KeyboardInterrupt:
+        failed = False
         raise
     finally:
         _ignore_signals()
@@ -208,7 +210,10 @@ def _fail(error: Exception, code: int) -> NoReturn:
 def main() -> None:
     """Entry point of the `troupe` command."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    cli()
+    try:
+        cli()
+    except TroupeError as error:
+        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
 
 
 if __name__ == "__main__":

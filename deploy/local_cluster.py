@@ -35,6 +35,7 @@ class LocalCluster:
         self._dashboard_port = dashboard_port
         # A folder with a short name: sockets lie below it, and their paths may have 107 bytes only.
         self.folder = Path(tempfile.mkdtemp(prefix="troupe-", dir="/tmp"))
+        self.log = self.folder / "driver.log"
         self.address = ""
         """Of Ray's control store, for other drivers (`RAY_ADDRESS`)."""
         self.dashboard_url = ""

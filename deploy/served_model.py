@@ -18,6 +18,7 @@ from ..cluster.messages import ModelCard
 from ..cluster.model_spec import ModelSpec, load_generation_defaults, load_spec
 from ..cluster.topology import all_layouts, check_topology, kv_bytes_per_block, weight_bytes
 from .model_folder import find_model_folder
+from .weight_files import check_weight_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,12 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
     Raises:
         ConfigError: a division that does not come out even, an application larger than the cluster, a context longer
             than the model's, a KV cache that cannot hold one request.
-        CheckpointError: a folder or its config is missing or unusable.
+        CheckpointError: a folder, its config or a file of weights is missing or unusable.
     """
     folders = [find_model_folder(model.model) for model in models]
     specs = [load_spec(folder) for folder in folders]
+    for folder in folders:
+        check_weight_files(folder)
     for model, spec in zip(models, specs, strict=True):
         check_topology(spec, model.tensor_parallel_size, model.pipeline_parallel_size)
     devices = [resolve_device(model, capacity) for model in models]

@@ -6,9 +6,8 @@ import http.client
 import logging
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import msgspec
 import zmq
@@ -32,32 +31,36 @@ HEALTH_SECONDS = 60.0
 class Serving:
     """One application on one local cluster, from start to end."""
 
-    def __init__(
-        self, config: ServeConfig, models: Sequence[ServedModel], capacity: Capacity, console: Console
-    ) -> None:
+    def __init__(self, config: ServeConfig, models: Sequence[ServedModel], capacity: Capacity) -> None:
         self._config = config
         self._models = models
-        self._console = console
+        self._console = Console()
         self._context = SecureContext()
         self._reports, self._listener = self._context.bind(zmq.PULL, "127.0.0.1")
         self._decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
         self.cluster = LocalCluster(capacity, config.dashboard_port)
 
-    def start(self) -> None:
-        """Start everything; returns when the API answers.
+    def start(self, console: Console) -> None:
+        """Start everything and say on `console` where it is to be found; returns when the API answers.
 
         Raises:
-            EngineError: a replica cannot start; the message is the cause.
+            EngineError: Ray or a replica cannot start; the message is the cause.
         """
+        self._console = console
         began = time.monotonic()
         with self._console.status("starting Ray"):
-            self.cluster.start()
+            try:
+                self.cluster.start()
+            except Exception as error:
+                raise EngineError(f"Ray does not start: {_cause(str(error))}") from error
         self._say(f"Ray is up ({time.monotonic() - began:.1f} s)")
         with self._console.status("starting Ray Serve"):
             self._deploy()
         self._await_running()
         self._await_health()
         self._say(f"serving after {time.monotonic() - began:.1f} s")
+        for line in self._welcome():
+            self._say(line)
 
     def run(self) -> None:
         """Pass on what replicas report, until interrupted."""
@@ -151,17 +154,17 @@ class Serving:
             yield self._decoder.decode(self._reports.recv())
 
     @contextmanager
-    def _loading_bars(self) -> Iterator[Any]:
-        """One bar per shard; gives the function that moves them."""
+    def _loading_bars(self) -> Iterator[Callable[[LoadProgress], None]]:
+        """One bar per shard on a terminal; gives the function that moves them."""
         bars: dict[tuple[str, str, int], TaskID] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-        with Progress(*columns, console=self._console, transient=True) as progress:
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
 
             def update(report: LoadProgress) -> None:
                 key = (report.model, report.replica, report.rank)
                 if key not in bars:
-                    bars[key] = progress.add_task(f"{report.model} shard {report.rank}", total=report.total_bytes)
-                progress.update(bars[key], completed=report.loaded_bytes)
+                    bars[key] = bar.add_task(f"{report.model} shard {report.rank}", total=report.total_bytes)
+                bar.update(bars[key], completed=report.loaded_bytes)
 
             yield update
 
@@ -170,7 +173,7 @@ class Serving:
 
     # --- for the user ---------------------------------------------------------------------------------------------
 
-    def welcome(self) -> list[str]:
+    def _welcome(self) -> list[str]:
         """Addresses, and a command to try."""
         host = reachable(self._config.host)
         address = f"http://{f'[{host}]' if ':' in host else host}:{self._config.port}"
@@ -179,11 +182,12 @@ class Serving:
             f'{{"model": "{self._models[0].card.name}", '
             '"messages": [{"role": "user", "content": "Which country has the capital Nairobi?"}]}'
         )
+        ray_address = self.cluster.address
         return [
             f"Models     {names}",
             f"API        {address}/v1",
             f"Dashboard  {self.cluster.dashboard_url} (asks for a token: `{self.cluster.token_command()}` prints it)",
-            f"Ray        {self.cluster.address} (RAY_ADDRESS for other drivers)",
+            f"Ray        {ray_address} (other drivers: RAY_ADDRESS={ray_address} RAY_AUTH_MODE=token)",
             f"Try        curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
             "Ctrl-C ends it.",
         ]
@@ -195,6 +199,6 @@ def reachable(host: str) -> str:
 
 
 def _cause(message: str) -> str:
-    """The line of Serve's status message that names the cause: the last one of a traceback."""
+    """The line of an error message of Ray's that names the cause: the last one of a traceback."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "the application could not be deployed"
+    return lines[-1] if lines else "no cause given"

@@ -1,0 +1,73 @@
+"""What happens when someone leaves: a client, a shard."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+from ray.util.state import list_actors
+
+from .conftest import eventually
+
+if TYPE_CHECKING:
+    from .conftest import Application
+
+LONG = {"prompt": "The capital", "temperature": 0, "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+
+
+def test_disconnected_client_frees_its_blocks(application: Application) -> None:
+    for model in ("large", "large-tp2-pp2"):
+        stream = application.openai.completions.create(model=model, stream=True, **LONG)
+        for _, _ in zip(range(5), stream, strict=False):
+            pass
+        (stats,) = application.engine_stats(model)
+        assert stats["running"] == 1
+        assert stats["blocks_held"] > 0
+        before = stats["generated_tokens"]
+        stream.close()
+        application.assert_idle(model)
+        (stats,) = application.engine_stats(model)
+        assert stats["generated_tokens"] - before < 1000, "it was stopped, it did not just end"
+
+
+def test_killed_shard_interrupts_no_stream(application: Application) -> None:
+    """The request goes on where it stopped, on the other replica; the dead one is replaced."""
+    model = "large-twice"
+    request = {**LONG, "max_tokens": 600}
+    undisturbed = application.openai.completions.create(model=model, **request).choices[0].text
+
+    stream = application.openai.completions.create(model=model, stream=True, **request)
+    text = ""
+    for chunk in stream:
+        text += chunk.choices[0].text
+        if len(text) > 40:
+            break
+    victim = next(stats for stats in application.engine_stats(model) if stats["running"])
+    survivors = {stats["replica"] for stats in application.engine_stats(model)} - {victim["replica"]}
+    os.kill(shard_pids(model, victim["replica"])[0], signal.SIGKILL)
+    for chunk in stream:
+        text += chunk.choices[0].text
+        finish = chunk.choices[0].finish_reason
+    assert text == undisturbed
+    assert finish == "length"
+
+    def replicas() -> set[Any]:
+        return {stats["replica"] for stats in application.engine_stats(model)}
+
+    eventually(
+        lambda: len(replicas() - survivors - {victim["replica"]}) == 1,
+        90,
+        lambda: f"no new replica beside {survivors}: {replicas()}",
+    )
+    application.assert_idle(model)
+    warnings = [line for _, line in application.lines if "ended unexpectedly" in line]
+    assert len(warnings) == 1, "one line for the user, no more"
+    assert warnings[0].startswith(f"{model}: the process of shard 0")
+
+
+def shard_pids(model: str, replica: str) -> list[int]:
+    """Processes of a replica's shards, by rank."""
+    actors = list_actors(filters=[("class_name", "=", "ShardActor"), ("state", "=", "ALIVE")], limit=1000)
+    named = sorted((actor.name, actor.pid) for actor in actors if actor.name.startswith(f"{model}:{replica}:"))
+    return [pid for _, pid in named]
