@@ -56,9 +56,10 @@ class SlotTable:
         self.sampling = SamplingTable(len(self.num_blocks), self._vocab_size)
 
     def _start(self, sequence: NewSequence) -> None:
-        slot = sequence.slot
-        # An id that the ingress let through by mistake must not stop everybody's engine: it is read as the nearest.
-        tokens = np.clip(np.array(sequence.tokens, dtype=np.int64), 0, self._vocab_size - 1)
+        slot, tokens, largest = sequence.slot, sequence.tokens, self._vocab_size - 1
+        if min(tokens) < 0 or max(tokens) > largest:
+            # What the ingress lets through by mistake must not stop everybody's engine: it is read as the nearest id.
+            tokens = [min(max(token, 0), largest) for token in tokens]
         self.tokens[slot, : len(tokens)] = tokens
         self.block_tables[slot, : self.num_blocks[slot]] = NULL_BLOCK
         self.num_blocks[slot] = 0

@@ -44,7 +44,7 @@ def test_sampled_and_sent_tokens_land_behind_the_sequence(table):
 
 
 def test_token_ids_outside_of_the_vocabulary_cannot_reach_the_embedding(table):
-    table.apply(make_plan(new=[NewSequence(0, [-5, VOCAB, 10**12, 7], 4, GREEDY)]))
+    table.apply(make_plan(new=[NewSequence(0, [-5, VOCAB, 10**30, 7], 4, GREEDY)]))
     assert table.tokens[0, :4].tolist() == [0, VOCAB - 1, VOCAB - 1, 7]
 
 
