@@ -20,7 +20,7 @@ POLL_SECONDS = 0.02
 
 
 class ServeProcess:
-    """Starts `troupe serve ARGUMENTS` on a free port; as a context manager it waits until the server is healthy.
+    """Starts `troupe serve ARGUMENTS` on free ports; as a context manager it waits until the server is healthy.
 
     `lines` are what the server printed, each with the seconds since the process was started; `healthy_after` is when
     the server was found healthy, in the same seconds.
@@ -31,7 +31,8 @@ class ServeProcess:
         self.address = f"http://127.0.0.1:{self.port}"
         self.lines: list[tuple[float, str]] = []
         self.healthy_after = float("nan")
-        command = [sys.executable, "-m", "raytroupe.deploy.cli", "serve", *arguments, "--port", str(self.port)]
+        ports = ["--port", str(self.port), "--dashboard-port", str(free_port())]
+        command = [sys.executable, "-m", "raytroupe.deploy.cli", "serve", *arguments, *ports]
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             command,

@@ -25,10 +25,10 @@ from .bench_server import ServeProcess
 COLUMNS = [
     Column("event", "event"),
     Column("at", "at s", ".2f"),
-    Column("took", "since the one before, s", ".2f"),
-    Column("share", "share of the total", ".1%"),
+    Column("took", "took s", ".2f"),
+    Column("share", "share", ".1%"),
 ]
-LONGEST_EVENT = 72
+LONGEST_EVENT = 80
 
 
 def main(
