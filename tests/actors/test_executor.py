@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -89,7 +90,7 @@ async def test_a_cancelled_wait_loses_no_result(executor_of):
     assert (await executor.result()).step == 0
 
 
-async def test_close_drops_waiting_plans_and_ends_the_thread(executor_of):
+def test_close_drops_waiting_plans_and_ends_the_thread(executor_of):
     started, release = threading.Event(), threading.Event()
     ran = []
 
@@ -103,14 +104,19 @@ async def test_close_drops_waiting_plans_and_ends_the_thread(executor_of):
     executor.submit(make_plan(0))
     executor.submit(make_plan(1))
     started.wait()
-    closing = asyncio.create_task(asyncio.to_thread(executor.close))
-    while executor._failure is None:
-        await asyncio.sleep(0.001)
+    closing = threading.Thread(target=executor.close)
+    closing.start()
+    while executor._failure is None:  # closing has begun, and waits for the first plan
+        time.sleep(0.001)
     release.set()
-    await closing
+    closing.join()
     executor.close()
     assert ran == [0]
-    assert (await executor.result()).step == 0
-    with pytest.raises(ShardFailed, match="closed"):
-        await executor.result()
+
+    async def results():
+        assert (await executor.result()).step == 0
+        with pytest.raises(ShardFailed, match="closed"):
+            await executor.result()
+
+    asyncio.run(results())
     assert not any(thread.name == "shard" for thread in threading.enumerate())
