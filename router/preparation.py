@@ -163,7 +163,7 @@ def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
 async def _encode_prompts(request: CompletionRequest, model: ServedModel) -> tuple[list[list[int]], list[str]]:
     """Token ids of every prompt, and their texts if these are to be echoed."""
     given = request.prompt
-    several: Sequence[str | list[int]] = [given] if isinstance(given, str) or isinstance(given[0], int) else given  # type: ignore[assignment, list-item]
+    several: Sequence[str | list[int]] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     markers = request.add_special_tokens is not False
     prompts, texts = [], []
     for prompt in several:
@@ -214,7 +214,7 @@ def _choices(
 ) -> list[Choice]:
     """One engine request per prompt and choice."""
     seeds = choice_seeds(request.seed, options.n)
-    choices = []
+    choices: list[Choice] = []
     for prompt in options.prompts:
         limit = max_tokens
         if limit is None and default_max_tokens is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -18,8 +19,8 @@ from .policy import fewest_outstanding_tokens
 class FewestOutstandingTokens(RequestRouter):
     """Sends each request to the replica with the fewest outstanding tokens."""
 
-    def initialize_state(self) -> None:
-        """Begin with empty books. Serve calls this once."""
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Begin with empty books. Serve calls this once; there is nothing to configure."""
         self._book = LoadBook()
         self._salt = f"{os.uname().nodename}/{os.getpid()}"
 

@@ -35,8 +35,11 @@ class Mailbox:
         self._changed = asyncio.Event()
 
     def put(self, output: TokenOutput) -> None:
-        """Add an output; merges it into the one that waits."""
-        self._waiting = output if self._waiting is None else merged(self._waiting, output)
+        """Add an output, which belongs to the mailbox from now on; it becomes part of the one that waits."""
+        if self._waiting is None:
+            self._waiting = output
+        else:
+            absorb(self._waiting, output)
         self._changed.set()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -57,19 +60,15 @@ class Mailbox:
         return output
 
 
-def merged(first: TokenOutput, second: TokenOutput) -> TokenOutput:
-    """One output that says what two successive ones of a request say."""
-    logprobs = None
-    if first.logprobs is not None or second.logprobs is not None:
-        logprobs = [*(first.logprobs or ()), *(second.logprobs or ())]
-    return TokenOutput(
-        request_id=first.request_id,
-        tokens=first.tokens + second.tokens,
-        finish_reason=second.finish_reason,
-        stop_token=second.stop_token,
-        logprobs=logprobs,
-        cached_tokens=first.cached_tokens or second.cached_tokens,
-    )
+def absorb(output: TokenOutput, later: TokenOutput) -> None:
+    """Let `output` also say what `later`, the next one of the same request, says."""
+    output.tokens.extend(later.tokens)
+    if later.logprobs is not None:
+        output.logprobs = output.logprobs or []
+        output.logprobs.extend(later.logprobs)
+    output.finish_reason = later.finish_reason
+    output.stop_token = later.stop_token
+    output.cached_tokens = output.cached_tokens or later.cached_tokens
 
 
 class TokenReceiver:
@@ -108,9 +107,13 @@ class TokenReceiver:
     def _drain(self) -> None:
         """Take in the messages that have arrived."""
         for _ in range(_BURST):
-            if self._socket.closed or not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if self._socket.closed:
                 return
-            self._dispatch(self._socket.recv(zmq.DONTWAIT))
+            try:
+                message = self._socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._dispatch(message)
         assert self._loop is not None
         self._loop.call_soon(self._drain)
 

@@ -171,7 +171,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     if fault["type"] == "missing":
         return InvalidRequest(f"{path}: required and not given", param=path)
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if len(location) == 1 and (bounds := _bounds(model.model_fields[location[0]].annotation)):
+    if len(location) == 1 and (bounds := _bounds(model.model_fields[str(location[0])].annotation)):
         message = f"must be {bounds}" if "than" in fault["type"] else f"{message}, {bounds}"
     if isinstance(fault["input"], dict | list) and fault["type"].startswith("too_"):
         return InvalidRequest(f"{path}: {message}", param=param)

@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 from raytroupe.cluster.messages import Endpoint, TokenBatch
 from raytroupe.cluster.request import FinishReason, TokenLogprobs, TokenOutput
 from raytroupe.cluster.secure_socket import SecureContext
-from raytroupe.router.token_receiver import Mailbox, TokenReceiver, merged
+from raytroupe.router.token_receiver import Mailbox, TokenReceiver, absorb
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def drain(mailbox: Mailbox) -> TokenOutput:
     """Everything up to the finish reason, as one output."""
     output = await mailbox.get()
     while output.finish_reason is None:
-        output = merged(output, await mailbox.get())
+        absorb(output, await mailbox.get())
     return output
 
 
@@ -130,20 +130,24 @@ async def test_closing_wakes_a_waiting_reader() -> None:
         await waiting
 
 
-outputs = st.builds(
-    TokenOutput,
-    st.just("a"),
-    st.lists(st.integers(0, 9), max_size=3),
-    st.none(),
-    st.none(),
-    st.none(),
-    st.integers(0, 1),
-)
+steps = st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=3), st.booleans()), min_size=1, max_size=8)
 
 
-@given(outputs, outputs, outputs)
-def test_merging_is_associative(a, b, c) -> None:
-    assert merged(merged(a, b), c) == merged(a, merged(b, c))
+@given(steps, st.booleans())
+async def test_nothing_is_lost_however_often_the_reader_looks(steps, logprobs) -> None:
+    mailbox, seen = Mailbox(), []
+    for index, (tokens, look) in enumerate(steps):
+        last = index == len(steps) - 1
+        chances = [TokenLogprobs(-float(token), []) for token in tokens] if logprobs else None
+        mailbox.put(TokenOutput("a", list(tokens), FinishReason.STOP if last else None, 9 if last else None, chances))
+        if look or last:
+            seen.append(await mailbox.get())
+    expected = [token for tokens, _ in steps for token in tokens]
+    assert [token for output in seen for token in output.tokens] == expected
+    if logprobs:
+        assert [-chance.chosen for output in seen for chance in output.logprobs] == expected
+    assert [output.finish_reason for output in seen] == [None] * (len(seen) - 1) + [FinishReason.STOP]
+    assert seen[-1].stop_token == 9
 
 
 def test_listening_everywhere_is_refused() -> None:
