@@ -99,14 +99,7 @@ def replica():
 @pytest.fixture
 async def client(replica):
     receiver = TokenReceiver("127.0.0.1")
-    yield ReplicaClient(
-        {"demo": replica},
-        receiver,
-        max_resubmissions=3,
-        resubmission_wait_s=0.001,
-        resubmission_timeout_s=0.3,
-        straggler_timeout_s=0.1,
-    )
+    yield ReplicaClient({"demo": replica}, receiver, max_resubmissions=3, resubmission_wait_s=0.001)
     assert receiver._mailboxes == {}
     receiver.close()
 
@@ -176,6 +169,7 @@ async def test_after_too_many_deaths_the_client_is_told(client, replica) -> None
 
 
 async def test_a_resubmitted_request_does_not_wait_forever(client, replica) -> None:
+    client._resubmission_timeout_s = 0.05
     replica.faults = [(0, ActorDiedError()), (0, None), (0, None), (0, None)]
     with pytest.raises(ReplicaUnavailable):
         await collect(client)
@@ -183,7 +177,8 @@ async def test_a_resubmitted_request_does_not_wait_forever(client, replica) -> N
 
 
 async def test_a_reply_without_its_last_tokens_is_a_loss_too(client, replica) -> None:
-    replica.faults = [(3, GenerateReply())]
+    client._straggler_timeout_s = 0.05
+    replica.faults = [(0, GenerateReply()), (LENGTH, None)]
     assert await collect(client) == ANSWER
     assert len(replica.calls) == 2
 
