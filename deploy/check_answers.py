@@ -3,8 +3,8 @@
     python -m raytroupe.deploy.check_answers
     python -m raytroupe.deploy.check_answers -- -tp 2 -pp 2
 
-A server with the embedded models is started with `--dtype float32` and the given arguments, all questions are sent at
-once, and the token ids of every reply are compared with those of transformers.
+One server of both embedded models is started with `--dtype float32` and the given arguments, up to 64 questions are
+under way at once, and the token ids of every reply are compared with those of transformers.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def main(
     items = load_items(tasks)
     rows: list[dict[str, Any]] = []
     differing: dict[str, list[str]] = {}
-    for folder in map(Path, DEMO_MODELS):
-        with ServeProcess(str(folder), "--dtype", "float32", *(arguments or [])) as server:
-            choices = asyncio.run(ask(server.address, folder.name, items, concurrency, max_tokens))
+    folders = [Path(model) for model in DEMO_MODELS]
+    with ServeProcess("--dtype", "float32", *(arguments or [])) as server:
+        answers = [asyncio.run(ask(server.address, folder.name, items, concurrency, max_tokens)) for folder in folders]
+    for folder, choices in zip(folders, answers, strict=True):
         expected = greedy_tokens(folder, chat_prompts(folder, [item.messages for item in items]), max_tokens)
         pairs = list(zip(items, choices, expected, strict=True))
         differing[folder.name] = [

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from pydantic import BaseModel
 
 from raytroupe.cluster.config import ModelConfig, ServeConfig
+from raytroupe.deploy.cli import cli
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -61,3 +63,14 @@ def test_example_on_the_page_is_a_valid_configuration() -> None:
     config = ServeConfig.model_validate(yaml.safe_load(example))
     assert [model.name for model in config.models] == ["chat", "Qwen3-0.6B"]
     assert config.models[0].kv_cache_memory == 20 * 2**30
+
+
+def test_every_field_has_a_flag_unless_the_page_says_otherwise() -> None:
+    serve = typer.main.get_command(cli).commands["serve"]
+    flags = {flag for parameter in serve.params for flag in parameter.opts if flag.startswith("--")}
+    without_flag = {"model", "models", "max_body_bytes"}
+    fields = (ModelConfig.model_fields.keys() | ServeConfig.model_fields.keys()) - without_flag
+    assert flags - {"--config"} == {"--" + field.replace("_", "-") for field in fields}
+    assert "max_body_bytes` | 8388608 | more than 0 | Larger request bodies are refused with status 413. No flag" in (
+        PAGE.read_text(encoding="utf-8")
+    )
