@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from engine_references import LONGEST, NEW_TOKENS, family_reference
-from shard_processes import ProcessShards
 from tiny_models import FAMILIES
 
 from raytroupe.actors.local_engine import answer_all
@@ -18,17 +16,9 @@ BLOCK_SIZE = 8
 BUDGET = 48
 
 
-@pytest.fixture(scope="module")
-def shards() -> Iterator[ProcessShards]:
-    processes = ProcessShards()
-    processes.launch(4)
-    yield processes
-    processes.close()
-
-
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shards_give_the_reference_answers(family, tp, pp, shards, tmp_path_factory):
+def test_shards_give_the_reference_answers(family, tp, pp, shard_processes, tmp_path_factory):
     reference = family_reference(family, tmp_path_factory.getbasetemp() / "families")
     # A pool that holds less than two of the longest requests, so that preemption meets parallelism too.
     num_blocks = 1 + 2 * -(-LONGEST // BLOCK_SIZE)
@@ -42,7 +32,7 @@ def test_shards_give_the_reference_answers(family, tp, pp, shards, tmp_path_fact
             pipeline_stages=pp,
         )
     )
-    executor = shards.executor(
+    executor = shard_processes.executor(
         reference.folder,
         tp,
         pp,
