@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -18,6 +19,9 @@ from .replica_client import ReplicaClient
 from .token_receiver import TokenReceiver
 
 
+_PACKAGE = __name__.partition(".")[0]
+
+
 @serve.ingress()
 class Ingress:
     """One ingress replica. Deploy it with `serve.deployment(Ingress).options(...).bind(...)`."""
@@ -30,6 +34,7 @@ class Ingress:
             handles: of deployments whose class has `generate(call: bytes) -> bytes` and `check_health()`.
             max_body_bytes: larger request bodies are refused.
         """
+        _log_like_serve()
         self._cards = cards
         self._handles = {card.name: handle for card, handle in zip(cards, handles, strict=True)}
         self._max_body_bytes = max_body_bytes
@@ -55,3 +60,11 @@ class Ingress:
         finally:
             self._receiver.close()
             await self._cluster_metrics.close()
+
+
+def _log_like_serve() -> None:
+    """Let this package's messages go where Serve's own go: the replica's log file."""
+    serve_logger, ours = logging.getLogger("ray.serve"), logging.getLogger(_PACKAGE)
+    ours.setLevel(serve_logger.level)
+    ours.handlers = list(serve_logger.handlers)
+    ours.propagate = False

@@ -15,6 +15,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1000
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 4096
 MAX_PROMPTS = 1024
 
 IGNORED = frozenset(
@@ -88,6 +89,7 @@ def _content_form(value: Any) -> str:
 _Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_as_list)]
+LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIASES)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
@@ -162,7 +164,7 @@ class GenerationRequest(_Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_as_list)] | None = (
         None

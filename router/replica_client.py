@@ -72,11 +72,11 @@ class ReplicaClient:
         known = list(request.generated)
         for attempt in range(self._max_resubmissions + 1):
             # A new id each time: tokens of the dead replica may still be on their way.
-            current = msgspec.structs.replace(request, request_id=f"{request.request_id}~{attempt}", generated=known)
+            current = msgspec.structs.replace(request, request_id=f"{request.request_id}~{attempt}", generated=[*known])
             outputs = self._attempt(model, current, resubmitted=attempt > 0)
             try:
                 async for output in outputs:
-                    known = known + output.tokens
+                    known.extend(output.tokens)
                     yield output
                 return
             except _ReplicaLost as lost:

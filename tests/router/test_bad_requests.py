@@ -125,6 +125,7 @@ BAD_EVERYWHERE = [
     ({"logit_bias": {"5": 101}}, "logit_bias", r"logit_bias.5 = 101.*100"),
     ({"logit_bias": {"5": -101}}, "logit_bias", "-100"),
     ({"logit_bias": [5]}, "logit_bias", "dictionary"),
+    ({"logit_bias": {str(token): 1 for token in range(5000)}}, "logit_bias", "at most 4096"),
     ({"stream": "yes"}, "stream", "boolean"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream = true"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown parameter"),
