@@ -18,7 +18,6 @@ from .metrics import IngressMetrics
 from .replica_client import ReplicaClient
 from .token_receiver import TokenReceiver
 
-
 _PACKAGE = __name__.partition(".")[0]
 
 

@@ -39,7 +39,7 @@ class ReplicaClient:
         handles: Mapping[str, DeploymentHandle],
         receiver: TokenReceiver,
         *,
-        max_resubmissions: int = 3,
+        max_resubmissions: int = 5,
         resubmission_wait_s: float = 0.2,
         resubmission_timeout_s: float = 60.0,
         straggler_timeout_s: float = 10.0,

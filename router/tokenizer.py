@@ -1,7 +1,8 @@
 """A model's tokenizer: text to token ids, token ids to bytes, messages to a prompt.
 
 `tokenizer.json` is read with the `tokenizers` library directly. Importing transformers takes seconds and brings
-torch along; it is the fallback for models that have no `tokenizer.json`.
+torch along; it is the fallback for models that have no `tokenizer.json`. `clean_up_tokenization_spaces` of old
+configurations is not applied: it would take back spaces that a stream has already sent.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import msgspec
@@ -40,7 +40,8 @@ class Response:
 class Replica:
     """Stands for the deployment handle and what is behind it: real messages over a real socket, but no model.
 
-    `faults[i]` is what happens to call i: `(tokens sent before, exception to raise or reply to give)`.
+    `faults[i]` is what happens to call i: `(tokens sent before, exception to raise or reply to give)`. A fault waits
+    until the reader has seen those tokens, which otherwise might come too late to count.
     """
 
     deployment_name = "demo"
@@ -49,7 +50,7 @@ class Replica:
         self.faults: list[tuple[int, Exception | GenerateReply | None]] = []
         self.calls: list[GenerateCall] = []
         self.cancelled = 0
-        self.late: Callable[[GenerateCall], TokenOutput] | None = None
+        self.seen: list[int] = []
         self.health: list[Exception | None] = []
         self.generate = self
         self._context = context
@@ -76,6 +77,8 @@ class Replica:
             last = position == LENGTH - 1
             output = TokenOutput(call.request.request_id, [100 + position], FinishReason.LENGTH if last else None)
             self.send(call, output)
+            await asyncio.sleep(0.001)
+        while sent < LENGTH and len(self.seen) < known + sent:  # noqa: ASYNC110 - the reader is the code under test
             await asyncio.sleep(0.001)
         if end is None:
             await asyncio.Event().wait()
@@ -108,11 +111,13 @@ def request() -> EngineRequest:
     return EngineRequest(request_id="r", prompt=[1, 2], sampling=SamplingParams(max_tokens=LENGTH, seed=3))
 
 
-async def collect(client: ReplicaClient) -> list[int]:
-    outputs = [output async for output in client.generate("demo", request())]
-    assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
-    assert outputs[-1].finish_reason is FinishReason.LENGTH
-    return [token for output in outputs for token in output.tokens]
+async def collect(client: ReplicaClient, replica: Replica) -> list[int]:
+    reasons = []
+    async for output in client.generate("demo", request()):
+        replica.seen += output.tokens
+        reasons.append(output.finish_reason)
+    assert reasons == [None] * (len(reasons) - 1) + [FinishReason.LENGTH]
+    return replica.seen
 
 
 ANSWER = [100 + position for position in range(LENGTH)]
@@ -126,7 +131,7 @@ LOST = [
 
 
 async def test_a_request_runs_on_one_replica(client, replica) -> None:
-    assert await collect(client) == ANSWER
+    assert await collect(client, replica) == ANSWER
     assert len(replica.calls) == 1
     assert replica.cancelled == 0
 
@@ -135,7 +140,7 @@ async def test_a_request_runs_on_one_replica(client, replica) -> None:
 @pytest.mark.parametrize("sent", [0, 3])
 async def test_tokens_so_far_go_to_another_replica_and_none_comes_twice(client, replica, end, sent) -> None:
     replica.faults = [(sent, end), (2, end)]
-    assert await collect(client) == ANSWER
+    assert await collect(client, replica) == ANSWER
     known = [call.request.generated for call in replica.calls]
     assert all(tokens == ANSWER[: len(tokens)] for tokens in known)
     assert [len(tokens) for tokens in known] == [0, sent, sent + 2]
@@ -145,16 +150,14 @@ async def test_tokens_so_far_go_to_another_replica_and_none_comes_twice(client, 
 
 async def test_late_tokens_of_a_dead_replica_are_dropped(client, replica) -> None:
     replica.faults = [(3, ActorDiedError()), (0, None)]
-    tokens: list[int] = []
     outputs = client.generate("demo", request())
-    async for output in outputs:
-        tokens += output.tokens
-        if len(tokens) == 3:
-            break
+    while len(replica.seen) < 3:
+        replica.seen += (await anext(outputs)).tokens
     reading = asyncio.create_task(anext(outputs))
     while len(replica.calls) < 2:  # noqa: ASYNC110 - waits for the client's own pause
         await asyncio.sleep(0.005)
     dead, alive = replica.calls
+    assert alive.request.generated == ANSWER[:3]
     replica.send(dead, TokenOutput(dead.request.request_id, [666], FinishReason.STOP))
     replica.send(alive, TokenOutput(alive.request.request_id, [103]))
     assert (await reading).tokens == [103]
@@ -164,7 +167,7 @@ async def test_late_tokens_of_a_dead_replica_are_dropped(client, replica) -> Non
 async def test_after_too_many_deaths_the_client_is_told(client, replica) -> None:
     replica.faults = [(1, ActorDiedError())] * 4
     with pytest.raises(ReplicaUnavailable, match="after 4 attempts"):
-        await collect(client)
+        await collect(client, replica)
     assert len(replica.calls) == 4
 
 
@@ -172,14 +175,14 @@ async def test_a_resubmitted_request_does_not_wait_forever(client, replica) -> N
     client._resubmission_timeout_s = 0.05
     replica.faults = [(0, ActorDiedError()), (0, None), (0, None), (0, None)]
     with pytest.raises(ReplicaUnavailable):
-        await collect(client)
+        await collect(client, replica)
     assert replica.cancelled >= 3
 
 
 async def test_a_reply_without_its_last_tokens_is_a_loss_too(client, replica) -> None:
     client._straggler_timeout_s = 0.05
     replica.faults = [(0, GenerateReply()), (LENGTH, None)]
-    assert await collect(client) == ANSWER
+    assert await collect(client, replica) == ANSWER
     assert len(replica.calls) == 2
 
 
@@ -198,7 +201,7 @@ async def test_a_reply_without_its_last_tokens_is_a_loss_too(client, replica) ->
 async def test_other_failures_are_final(client, replica, end, error) -> None:
     replica.faults = [(0, end)]
     with pytest.raises(error) as caught:
-        await collect(client)
+        await collect(client, replica)
     assert len(replica.calls) == 1
     if isinstance(end, GenerateReply) and error is QueueFull:
         assert caught.value.retry_after == 9
@@ -214,7 +217,7 @@ async def test_closing_the_generator_cancels_the_call(client, replica) -> None:
 
 async def test_cancelling_the_reader_cancels_the_call(client, replica) -> None:
     replica.faults = [(0, None)]
-    reading = asyncio.create_task(collect(client))
+    reading = asyncio.create_task(collect(client, replica))
     await asyncio.sleep(0.02)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
