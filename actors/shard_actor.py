@@ -24,11 +24,14 @@ from ..cluster.topology import ShardLayout, kv_bytes_per_block
 from .channel import ShardServer
 from .replica_settings import ReplicaSettings
 from .reporter import Reporter
+from .shard_config import ShardConfig
 
 if TYPE_CHECKING:
     from .shard import Shard
 
 T = TypeVar("T")
+
+LOOPBACK = "127.0.0.1"
 
 
 class ShardPlace(msgspec.Struct, frozen=True):
@@ -98,9 +101,11 @@ class ShardActor:
         await self._in_thread(lambda: server.serve(shard.run))
 
     def _load(self, rendezvous: str) -> ShardReport:
-        from .shard import Shard, ShardConfig
+        from .shard import Shard
 
         settings = self._settings
+        if rendezvous.startswith(f"tcp://{LOOPBACK}:"):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # tensors of a group on one node do not leave it either
         config = ShardConfig(
             folder=settings.folder,
             layout=self._layout,

@@ -21,7 +21,7 @@ from ..cluster.topology import all_layouts
 from .channel import ChannelExecutor
 from .placement import shard_bundle
 from .replica_settings import ReplicaSettings
-from .shard_actor import ShardActor, ShardPlace, ShardReport
+from .shard_actor import LOOPBACK, ShardActor, ShardPlace, ShardReport
 
 CONNECT_SECONDS = 30.0
 
@@ -35,7 +35,7 @@ class ShardGroup:
         self._watches: list[asyncio.Task[None]] = []
         bundle = shard_bundle("cuda" if settings.device == "cuda" else "cpu")
         actor_class = ray.remote(ShardActor)
-        self._actors = [
+        self._actors: list[Any] = [
             actor_class.options(
                 name=f"{settings.name}:{replica}:{layout.rank}",
                 num_cpus=bundle["CPU"],
@@ -59,7 +59,9 @@ class ShardGroup:
         """
         self._places = await self._all(lambda actor: actor.place.remote())
         first = self._places[0]
-        rendezvous = f"tcp://{first.address}:{first.free_port}" if len(self._actors) > 1 else ""
+        together = all(place.node_id == first.node_id for place in self._places)
+        address = f"tcp://{LOOPBACK if together else first.address}:{first.free_port}"
+        rendezvous = address if len(self._actors) > 1 else ""
         return await self._all(lambda actor: actor.load.remote(rendezvous))
 
     async def allocate(self, num_blocks: int) -> None:
@@ -70,7 +72,7 @@ class ShardGroup:
         """Connect all shards to a new executor. `on_death` is called, after the executor has failed, at most once."""
         here = ray.get_runtime_context().get_node_id()
         local = all(place.node_id == here for place in self._places)
-        executor = ChannelExecutor("127.0.0.1" if local else ray.util.get_node_ip_address(), len(self._actors))
+        executor = ChannelExecutor(LOOPBACK if local else ray.util.get_node_ip_address(), len(self._actors))
         reported = False
 
         async def watch(rank: int, call: Any) -> None:
@@ -79,7 +81,8 @@ class ShardGroup:
                 await call
                 return
             except (RayActorError, RayTaskError) as error:
-                failure = self._explain(rank, error)
+                cause = self._explain(rank, error)
+                failure = cause if isinstance(cause, ShardFailed) else ShardFailed(f"shard {rank} failed: {cause}")
             executor.fail(failure)
             if not reported:
                 reported = True

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from ..actors.placement import Capacity
+from ..cluster.errors import EngineError
 from .local_machine import free_ports
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -35,6 +36,7 @@ class LocalCluster:
         self._dashboard_port = dashboard_port
         # A folder with a short name: sockets lie below it, and their paths may have 107 bytes only.
         self.folder = Path(tempfile.mkdtemp(prefix="troupe-", dir="/tmp"))
+        self._vital: list[psutil.Process] = []
         self.log = self.folder / "driver.log"
         self.address = ""
         """Of Ray's control store, for other drivers (`RAY_ADDRESS`)."""
@@ -59,8 +61,17 @@ class LocalCluster:
             configure_logging=True,
             _temp_dir=str(self.folder / "ray"),
         )
-        self.address = context.address_info["gcs_address"]
+        self.address = ray.get_runtime_context().gcs_address
         self.dashboard_url = f"http://{context.dashboard_url}"
+
+    def check_alive(self) -> None:
+        """
+        Raises:
+            EngineError: Ray has lost a process that it cannot do without.
+        """
+        for process in self._vital:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise EngineError(f"Ray is gone: process {process.pid} ended unexpectedly")
 
     def stop(self, *, keep_logs: bool = False) -> None:
         """End every process that this one started, directly or not, and remove the cluster's files."""

@@ -63,9 +63,14 @@ class Serving:
             self._say(line)
 
     def run(self) -> None:
-        """Pass on what replicas report, until interrupted."""
+        """Pass on what replicas report, until interrupted.
+
+        Raises:
+            EngineError: the cluster has broken down.
+        """
         while True:
-            for report in self._take_reports(timeout_seconds=3600.0):
+            self.cluster.check_alive()
+            for report in self._take_reports(timeout_seconds=2.0):
                 match report:
                     case Notice(text=text, model=model):
                         self._say(f"{model}: {text}")

@@ -20,6 +20,8 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.util.state import list_actors
+from ray.util.state.common import ActorState
 
 from raytroupe.deploy.bench_server import ServeProcess
 
@@ -53,8 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Application:
     """The running application and its cluster, seen from outside and from inside."""
 
-    def __init__(self, server: ServeProcess) -> None:
-        self.address = server.address
+    def __init__(self, server: ServeProcess, cluster: str) -> None:
+        self.cluster = cluster
         self.lines = server.lines
         self.http = httpx.Client(base_url=server.address, timeout=120)
         self.openai = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=120)
@@ -68,6 +70,10 @@ class Application:
     def engine_stats(self, model: str) -> list[dict[str, Any]]:
         """`SchedulerReplica.engine_stats` of every replica."""
         return serve.get_deployment_handle(model, "troupe").broadcast("engine_stats").results(timeout_s=30)
+
+    def alive_actors(self) -> list[ActorState]:
+        """All actors of the cluster that are alive."""
+        return list_actors(address=self.cluster, filters=[("state", "=", "ALIVE")], limit=1000)
 
     def assert_idle(self, model: str) -> None:
         """No request, no block in use, all invariants hold, within a moment."""
@@ -103,6 +109,6 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
         assert cluster, output
         ray.init(address=cluster[1], log_to_driver=False, logging_level="ERROR")
         try:
-            yield Application(server)
+            yield Application(server, cluster[1])
         finally:
             ray.shutdown()

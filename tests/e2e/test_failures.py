@@ -6,7 +6,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from ray.util.state import list_actors
+import pytest
 
 from .conftest import eventually
 
@@ -31,9 +31,11 @@ def test_disconnected_client_frees_its_blocks(application: Application) -> None:
         assert stats["generated_tokens"] - before < 1000, "it was stopped, it did not just end"
 
 
-def test_killed_shard_interrupts_no_stream(application: Application) -> None:
-    """The request goes on where it stopped, on the other replica; the dead one is replaced."""
+@pytest.mark.parametrize("victim_process", ["shard", "scheduler"])
+def test_killed_process_interrupts_no_stream(application: Application, victim_process: str) -> None:
+    """The request goes on where it stopped, on the other replica; the broken one is replaced."""
     model = "large-twice"
+    already_warned = len(shard_warnings(application))
     request = {**LONG, "max_tokens": 600}
     undisturbed = application.openai.completions.create(model=model, **request).choices[0].text
 
@@ -45,7 +47,10 @@ def test_killed_shard_interrupts_no_stream(application: Application) -> None:
             break
     victim = next(stats for stats in application.engine_stats(model) if stats["running"])
     survivors = {stats["replica"] for stats in application.engine_stats(model)} - {victim["replica"]}
-    os.kill(shard_pids(model, victim["replica"])[0], signal.SIGKILL)
+    if victim_process == "shard":
+        os.kill(shard_pids(application, model, victim["replica"])[0], signal.SIGKILL)
+    else:
+        os.kill(scheduler_pid(application, victim["replica"]), signal.SIGKILL)
     for chunk in stream:
         text += chunk.choices[0].text
         finish = chunk.choices[0].finish_reason
@@ -61,13 +66,24 @@ def test_killed_shard_interrupts_no_stream(application: Application) -> None:
         lambda: f"no new replica beside {survivors}: {replicas()}",
     )
     application.assert_idle(model)
-    warnings = [line for _, line in application.lines if "ended unexpectedly" in line]
-    assert len(warnings) == 1, "one line for the user, no more"
-    assert warnings[0].startswith(f"{model}: the process of shard 0")
+    warnings = shard_warnings(application)[already_warned:]
+    if victim_process == "shard":
+        assert len(warnings) == 1, "one line for the user, no more"
+        assert warnings[0].startswith(f"{model}: the process of shard 0")
 
 
-def shard_pids(model: str, replica: str) -> list[int]:
+def shard_warnings(application: Application) -> list[str]:
+    return [line for _, line in application.lines if "ended unexpectedly" in line]
+
+
+def scheduler_pid(application: Application, replica: str) -> int:
+    """The process of a Serve replica."""
+    actors = [actor for actor in application.alive_actors() if actor.name and actor.name.endswith(replica)]
+    (pid,) = [actor.pid for actor in actors if actor.class_name.startswith("ServeReplica")]
+    return pid
+
+
+def shard_pids(application: Application, model: str, replica: str) -> list[int]:
     """Processes of a replica's shards, by rank."""
-    actors = list_actors(filters=[("class_name", "=", "ShardActor"), ("state", "=", "ALIVE")], limit=1000)
-    named = sorted((actor.name, actor.pid) for actor in actors if actor.name.startswith(f"{model}:{replica}:"))
-    return [pid for _, pid in named]
+    shards = [actor for actor in application.alive_actors() if actor.class_name == "ShardActor"]
+    return [pid for name, pid in sorted((s.name, s.pid) for s in shards) if name.startswith(f"{model}:{replica}:")]
