@@ -110,7 +110,7 @@ class ChannelExecutor:
 
     def _drain(self) -> None:
         """Take in all messages that have arrived."""
-        while not self._closed and self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while not self._closed and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             identity, kind, payload = self._socket.recv_multipart(zmq.DONTWAIT)
             if kind == _RESULT:
                 self._results.append(self._decoder.decode(payload))

@@ -54,7 +54,8 @@ def check_capacity(models: Sequence[ModelConfig], devices: Sequence[Device], cap
     Raises:
         ConfigError: with what every model asks for, and what there is.
     """
-    for device, resource, available in (("cuda", "GPU", capacity.gpus), ("cpu", "CPU", capacity.cpus)):
+    totals: list[tuple[Device, str, float]] = [("cuda", "GPU", capacity.gpus), ("cpu", "CPU", capacity.cpus)]
+    for device, resource, available in totals:
         bundles = [
             bundle
             for model, its_device in zip(models, devices, strict=True)

@@ -39,7 +39,7 @@ GOODBYE_SECONDS = 0.5
 class SchedulerReplica:
     """Serves one model with one group of shards."""
 
-    async def __init__(self, settings: ReplicaSettings) -> None:
+    async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         self._settings = settings
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._reporter = Reporter(settings.listener, settings.name, self._replica)

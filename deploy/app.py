@@ -36,19 +36,19 @@ _DRAIN_SECONDS = 5.0
 def build_application(config: ServeConfig, models: Sequence[ServedModel], listener: Endpoint | None) -> Application:
     """One ingress deployment and one scheduler deployment per model; replicas report to `listener`."""
     handles = [_scheduler_deployment(model, listener) for model in models]
-    ingress = serve.deployment(Ingress).options(
+    ingress = serve.deployment(
         name="Ingress",
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_UNLIMITED,
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
-    )
+    )(Ingress)
     return ingress.bind([model.card for model in models], handles, config.max_body_bytes)
 
 
 def _scheduler_deployment(model: ServedModel, listener: Endpoint | None) -> Application:
-    deployment = serve.deployment(SchedulerReplica).options(
+    deployment = serve.deployment(
         name=deployment_name(model.card.name),
         num_replicas=model.config.replicas,
         ray_actor_options={"num_cpus": SCHEDULER_CPUS},
@@ -57,8 +57,8 @@ def _scheduler_deployment(model: ServedModel, listener: Endpoint | None) -> Appl
         max_ongoing_requests=_UNLIMITED,
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
-        request_router_config=RequestRouterConfig(request_router_class=FewestOutstandingTokens),
-    )
+        request_router_config=RequestRouterConfig(request_router_class=FewestOutstandingTokens),  # type: ignore[arg-type]
+    )(SchedulerReplica)
     return deployment.bind(msgspec.structs.replace(model.settings, listener=listener))
 
 

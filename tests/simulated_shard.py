@@ -1,7 +1,7 @@
 """A shard without a model, whose cache can tell right from wrong.
 
-What a real cache holds at a position depends on every token up to it; here it is a hash of them. So every read through a
-block table can be checked: a wrong block, a stale one, one from another prefix or a missing token does not match.
+What a real cache holds at a position depends on every token up to it; here it is a hash of them. So every read through
+a block table can be checked: a wrong block, a stale one, one from another prefix or a missing token does not match.
 """
 
 from __future__ import annotations
