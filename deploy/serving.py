@@ -12,11 +12,12 @@ from contextlib import contextmanager
 import msgspec
 import zmq
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from ..actors.placement import Capacity
 from ..cluster.config import ServeConfig
 from ..cluster.errors import EngineError
+from ..cluster.kv_memory import format_bytes
 from ..cluster.messages import LoadProgress, Notice, Report, StartFailed
 from ..cluster.secure_socket import SecureContext
 from .local_cluster import LocalCluster
@@ -162,14 +163,17 @@ class Serving:
     def _loading_bars(self) -> Iterator[Callable[[LoadProgress], None]]:
         """One bar per shard on a terminal; gives the function that moves them."""
         bars: dict[tuple[str, str, int], TaskID] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}"))
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as live:
+            starting = live.add_task("starting replicas", total=None, size="")
 
             def update(report: LoadProgress) -> None:
+                live.update(starting, visible=False)
                 key = (report.model, report.replica, report.rank)
                 if key not in bars:
-                    bars[key] = bar.add_task(f"{report.model} shard {report.rank}", total=report.total_bytes)
-                bar.update(bars[key], completed=report.loaded_bytes)
+                    bars[key] = live.add_task(f"{report.model} shard {report.rank}", total=report.total_bytes, size="")
+                size = f"{format_bytes(report.loaded_bytes)} of {format_bytes(report.total_bytes)}"
+                live.update(bars[key], completed=report.loaded_bytes, size=size)
 
             yield update
 
