@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -19,6 +17,7 @@ from .eval import eval_command
 from .local_machine import local_capacity, port_is_free
 from .model_folder import DEMO_MODELS
 from .quiet_output import quiet_output
+from .supervisor import supervise
 
 EXIT_REFUSED = 2
 """The configuration or a model folder cannot be used; nothing was started."""
@@ -104,19 +103,13 @@ def serve(
         "ingress_replicas": ingress_replicas,
         "max_body_bytes": max_body_bytes,
     }
-    # From here on a signal means: end everything. The handlers stay in place until the last process is gone.
-    _raise_on_signals()
     try:
         checked = load_config(merge_configuration(config, models or [], _given(of_models), _given(of_application)))
         if not port_is_free(checked.host, checked.port):
             raise ConfigError(f"port {checked.port} of {checked.host} is in use; choose another with --port")
-        _serve(checked)
-    except (ConfigError, CheckpointError) as error:
-        _fail(error, EXIT_REFUSED)
-    except TroupeError as error:
-        _fail(error, EXIT_FAILED)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    except ConfigError as error:
+        raise typer.Exit(_report(error)) from None
+    raise typer.Exit(supervise(lambda: _serve(checked)))
 
 
 def merge_configuration(
@@ -165,55 +158,40 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _serve(config: ServeConfig) -> None:
-    """Check what can be checked, start, and run until interrupted; leaves no process behind."""
+def _serve(config: ServeConfig) -> int:
+    """Check what can be checked, start, and run until interrupted; the exit status."""
     from .served_model import resolve_models
 
     capacity = local_capacity()
-    models = resolve_models(config.models, capacity)
+    try:
+        models = resolve_models(config.models, capacity)
+    except TroupeError as error:
+        return _report(error)
 
     from .serving import Serving
 
     serving = Serving(config, models, capacity)
-    failed = True
+    failure = None
     try:
         with quiet_output(serving.cluster.log) as terminal:
             serving.start(Console(file=terminal))
-            failed = False
             serving.run()
     except TroupeError as error:
-        raise EngineError(f"{error} (logs: {serving.cluster.folder})") from error
-    except KeyboardInterrupt:
-        failed = False
-        raise
+        failure = EngineError(f"{error} (logs: {serving.cluster.folder})")
     finally:
-        _ignore_signals()
-        serving.stop(keep_logs=failed)
+        serving.stop(keep_logs=failure is not None)
+    return _report(failure) if failure else 0
 
 
-def _raise_on_signals() -> None:
-    def interrupt(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-
-
-def _ignore_signals() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _fail(error: Exception, code: int) -> NoReturn:
+def _report(error: TroupeError) -> int:
+    """Say what is wrong, one line per fault; the exit status."""
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
-    sys.stderr.flush()
-    raise typer.Exit(code)
+    return EXIT_REFUSED if isinstance(error, ConfigError | CheckpointError) else EXIT_FAILED
 
 
 def main() -> None:
     """Entry point of the `troupe` command."""
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     try:
         cli()
     except TroupeError as error:

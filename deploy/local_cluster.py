@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
 from ..actors.placement import Capacity
 from ..cluster.errors import EngineError
 from .local_machine import free_ports
+from .supervisor import end_processes
 
-_PR_SET_CHILD_SUBREAPER = 36
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Nothing large goes through Ray's object store; its default would reserve 30 % of the memory."""
 
@@ -36,6 +33,7 @@ class LocalCluster:
         self._dashboard_port = dashboard_port
         # A folder with a short name: sockets lie below it, and their paths may have 107 bytes only.
         self.folder = Path(tempfile.mkdtemp(prefix="troupe-", dir="/tmp"))
+        self._ray: ModuleType | None = None
         self._vital: list[psutil.Process] = []
         self.log = self.folder / "driver.log"
         self.address = ""
@@ -44,10 +42,10 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start Ray's processes; returns when this process is connected to them."""
-        _adopt_orphans()
         os.environ.update(self._environment())
         import ray
 
+        self._ray = ray
         context = ray.init(
             address="local",
             num_cpus=int(self._capacity.cpus),
@@ -61,6 +59,7 @@ class LocalCluster:
             configure_logging=True,
             _temp_dir=str(self.folder / "ray"),
         )
+        self._vital = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
         self.address = ray.get_runtime_context().gcs_address
         self.dashboard_url = f"http://{context.dashboard_url}"
 
@@ -75,13 +74,11 @@ class LocalCluster:
 
     def stop(self, *, keep_logs: bool = False) -> None:
         """End every process that this one started, directly or not, and remove the cluster's files."""
-        import ray
-
-        # Taken before, because what ends leaves its children to us (`_adopt_orphans`) in no particular order.
+        # Asked before, because children of what has ended are nobody's descendants any more.
         family = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        _end(family)
-        _end(psutil.Process().children(recursive=True))
+        if self._ray is not None:
+            self._ray.shutdown()
+        end_processes(family)
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -112,36 +109,3 @@ class LocalCluster:
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends, so that none is lost from sight (Linux)."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _end(processes: list[psutil.Process], grace_seconds: float = 3.0) -> None:
-    """SIGTERM, and SIGKILL for those that are still there after the grace time."""
-    for process in processes:
-        _send(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=grace_seconds)
-    for process in alive:
-        _send(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=grace_seconds)
-    _reap()
-
-
-def _send(process: psutil.Process, number: int) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
-
-
-def _reap() -> None:
-    """Collect adopted children that have ended."""
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return

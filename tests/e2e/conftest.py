@@ -56,6 +56,7 @@ class Application:
     """The running application and its cluster, seen from outside and from inside."""
 
     def __init__(self, server: ServeProcess, cluster: str) -> None:
+        self.address = server.address
         self.cluster = cluster
         self.lines = server.lines
         self.http = httpx.Client(base_url=server.address, timeout=120)

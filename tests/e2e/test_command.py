@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -70,8 +71,12 @@ class Command:
 
     def survivors(self) -> list[str]:
         """Descendants that are still alive."""
-        alive = [process for process in self.seen.values() if process.is_running()]
-        return [str(process) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        alive = []
+        for process in self.seen.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(str(process))
+        return alive
 
 
 @pytest.fixture
@@ -87,6 +92,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
         if command.process.poll() is None:
             command.process.terminate()
             command.process.wait(60)
+        if logs := re.search(r"\(logs: (\S+)\)", command.output):
+            shutil.rmtree(logs[1])
 
 
 def test_interrupt_ends_everything(start: Callable[..., Command]) -> None:
@@ -106,7 +113,8 @@ def test_interrupt_ends_everything(start: Callable[..., Command]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "number"), [("early", signal.SIGINT), ("early", signal.SIGTERM), ("late", signal.SIGTERM)]
+    ("moment", "number"),
+    [("early", signal.SIGINT), ("early", signal.SIGTERM), ("late", signal.SIGTERM), ("late", signal.SIGKILL)],
 )
 def test_interrupt_while_starting_ends_everything(
     start: Callable[..., Command], moment: str, number: signal.Signals
@@ -123,7 +131,10 @@ def test_interrupt_while_starting_ends_everything(
         time.sleep(2)
     command.look()
     os.killpg(command.process.pid, number) if number == signal.SIGINT else command.process.send_signal(number)
-    command.process.wait(30)
+    assert command.process.wait(30) == (-number if number == signal.SIGKILL else 130)
+    deadline = time.monotonic() + 30  # if the command itself was killed, those below it notice and end by themselves
+    while command.survivors() and number == signal.SIGKILL and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert command.survivors() == []
     assert "Traceback" not in command.output
 
