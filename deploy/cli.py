@@ -75,9 +75,6 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")] = None,
     dashboard_port: Annotated[int | None, typer.Option(help="Port of Ray's dashboard. Default: 8265.")] = None,
     ingress_replicas: Annotated[int | None, typer.Option(help="Processes that answer HTTP. Default: 1.")] = None,
-    max_body_bytes: Annotated[
-        str | None, typer.Option(help="Larger request bodies are refused. Default: 8MiB.")
-    ] = None,
 ) -> None:
     """Serve models behind the OpenAI API."""
     of_models = {
@@ -101,7 +98,6 @@ def serve(
         "port": port,
         "dashboard_port": dashboard_port,
         "ingress_replicas": ingress_replicas,
-        "max_body_bytes": max_body_bytes,
     }
     try:
         checked = load_config(merge_configuration(config, models or [], _given(of_models), _given(of_application)))

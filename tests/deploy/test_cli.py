@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raytroupe import __version__
-from raytroupe.cluster.config import ModelConfig, ServeConfig, load_config
+from raytroupe.cluster.config import load_config
 from raytroupe.cluster.errors import ConfigError
 from raytroupe.deploy import cli
 from raytroupe.deploy.model_folder import DEMO_MODELS
@@ -19,12 +18,6 @@ from raytroupe.deploy.model_folder import DEMO_MODELS
 def troupe(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "raytroupe.deploy.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def test_every_field_has_a_flag() -> None:
-    flags = set(inspect.signature(cli.serve).parameters) - {"models", "config"}
-    fields = set(ModelConfig.model_fields) - {"model"} | set(ServeConfig.model_fields) - {"models"}
-    assert flags == fields
 
 
 def test_without_arguments_the_embedded_models_are_served() -> None:
