@@ -79,7 +79,8 @@ class Scheduler:
 
         Raises:
             QueueFull: `max_num_waiting` requests wait already.
-            InvalidRequest: no prompt, a prompt that fills the context, an id in use, or nothing left to generate.
+            InvalidRequest: no prompt, one that fills the context or has an id that is no token's, a request id in use,
+                or nothing left to generate.
         """
         limit = self.config.max_model_len
         length = len(request.prompt) + len(request.generated)
@@ -87,6 +88,9 @@ class Scheduler:
             raise InvalidRequest(f"request id {request.request_id!r} is in use; give each request its own")
         if not request.prompt:
             raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+        for token in (min(request.prompt), max(request.prompt)):
+            if not 0 <= token < 2**31:
+                raise InvalidRequest(f"the prompt has the token id {token}; ids lie in [0, 2^31)", param="prompt")
         if length >= limit:
             raise InvalidRequest(
                 f"the prompt has {length} tokens, which leaves no room in the context of {limit}; shorten it to at "
@@ -147,13 +151,15 @@ class Scheduler:
         self._yield_to_urgent()
         plan = StepPlan(self._step, [], [], [], [], [], 0, [], [])
         sampling: list[Sequence] = []
-        # With pipeline stages every plan in flight takes its part of the sequences, so that all stages have work.
-        stages = self.config.pipeline_stages
-        max_rows = self.config.max_num_seqs if stages == 1 else -(-len(self._by_id) // stages)
+        # With pipeline stages every plan in flight takes its part of the sequences, so that all stages have work: of
+        # those that run now, and of as many as may run at once where new ones are taken in.
+        stages, limit = self.config.pipeline_stages, self.config.max_num_seqs
+        max_running_rows = limit if stages == 1 else -(-len(self._running) // stages)
+        max_rows = limit if stages == 1 else -(-min(len(self._by_id), limit) // stages)
         preempted = self.stats.preemptions
-        self._plan_single_tokens(plan, sampling, max_rows)
+        self._plan_single_tokens(plan, sampling, max_running_rows)
         budget = self.config.max_num_batched_tokens - len(plan.slots)
-        chunks = self._plan_chunks(budget, max_rows - len(plan.slots))
+        chunks = self._plan_chunks(budget, max_running_rows - len(plan.slots))
         if self.stats.preemptions == preempted:  # else whoever was admitted now could be preempted in the next step
             budget -= sum(count for _, _, count in chunks)
             chunks += self._admit(plan, budget, max_rows - len(plan.slots) - len(chunks))
@@ -285,13 +291,20 @@ class Scheduler:
             victims.append(sequence)
         if not victims:
             return
-        missing = self.kv.shortage(head, self.kv.cached_prefix(head)) + self._watermark
-        if missing > sum(len(victim.blocks) for victim in victims):
+        prefix = self.kv.cached_prefix(head)
+        missing = self.kv.shortage(head, prefix) + self._watermark
+        if missing > self._freed_by(victims, keeping=prefix):
             return
         for victim in victims:
             if self._free_slots and self.kv.shortage(head, self.kv.cached_prefix(head)) + self._watermark <= 0:
                 return
             self._preempt(victim)
+
+    def _freed_by(self, victims: list[Sequence], keeping: list[int]) -> int:
+        """Blocks outside `keeping` that nobody else holds."""
+        held = Counter(block for victim in victims for block in victim.blocks)
+        kept = set(keeping)
+        return sum(self.kv.pool.references(block) == count for block, count in held.items() if block not in kept)
 
     def _release(self, sequence: Sequence) -> None:
         self.kv.release(sequence)

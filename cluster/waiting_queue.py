@@ -7,9 +7,15 @@ from collections.abc import Iterator
 
 from .sequence import Sequence, Status
 
+_FEW = 64
+"""Removed sequences that may stay in the heap beside as many as there are members."""
+
 
 class WaitingQueue:
-    """A heap by urgency, from which any member can be removed; removed ones leave the heap when they surface."""
+    """A heap by urgency, from which any member can be removed.
+
+    Removed ones leave the heap when they surface, or when they outnumber the members.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[float, int], Sequence]] = []
@@ -38,6 +44,9 @@ class WaitingQueue:
         self._members.remove(sequence)
         if self._heap[0][1] is sequence:
             heapq.heappop(self._heap)
+        elif len(self._heap) > 2 * len(self._members) + _FEW:
+            self._heap = [(member.urgency, member) for member in self._members]
+            heapq.heapify(self._heap)
 
     def __iter__(self) -> Iterator[Sequence]:
         """Members in no particular order."""

@@ -85,6 +85,23 @@ def test_pipeline_stages_get_different_sequences_and_the_sampled_tokens_back():
     assert third.new_tokens == [(slot, 3, [9]) for slot in first.slots]
 
 
+@pytest.mark.parametrize(("slots", "blocks"), [(8, 101), (64, 25)])
+def test_all_pipeline_stages_stay_busy_behind_a_backlog(slots, blocks):
+    scheduler = make_scheduler(
+        pipeline_stages=2, max_num_seqs=slots, num_blocks=blocks, max_num_batched_tokens=512, prefix_caching=False
+    )
+    for index in range(100):
+        scheduler.add(request(f"r{index}", 8, max_tokens=20, first=index))
+    in_flight: list[StepPlan] = []
+    fewest = []
+    for _ in range(60):
+        while scheduler.num_in_flight < 2 and (plan := scheduler.schedule()):
+            in_flight.append(plan)
+        fewest.append(scheduler.num_in_flight)
+        scheduler.update(result_of(in_flight.pop(0)))
+    assert min(fewest[5:]) == 2
+
+
 def test_a_stop_token_in_flight_discards_what_was_computed_beyond_it():
     scheduler = make_scheduler()
     scheduler.add(request("a", 3, sampling={"stop_token_ids": (7,)}))
@@ -183,6 +200,31 @@ def test_a_better_priority_takes_the_place_of_a_running_request():
     assert scheduler.stats.preemptions == 1
 
 
+def test_nobody_is_preempted_for_a_request_that_would_not_fit_even_then():
+    scheduler = make_scheduler(num_blocks=18)
+    for name in ("a", "b"):  # they share their first 9 blocks, which "keeper" holds as well
+        scheduler.add(request(name, 38, priority=5))
+    scheduler.add(request("keeper", 38, priority=0))
+    for _ in range(4):
+        step(scheduler)
+    assert scheduler.num_running == 3
+    scheduler.add(request("urgent", 40, priority=1, first=1))
+    step(scheduler)
+    assert scheduler.stats.preemptions == 0
+
+
+def test_aborted_requests_do_not_pile_up_behind_a_waiting_one():
+    scheduler = make_scheduler(num_blocks=18, prefix_caching=False)
+    scheduler.add(request("running", 60, max_tokens=4))
+    step(scheduler)
+    scheduler.add(request("head", 60, first=1))
+    for index in range(1000):
+        scheduler.add(request(f"r{index}", 4, first=2))
+        scheduler.abort(f"r{index}")
+    assert len(scheduler._waiting._heap) < 100
+    assert scheduler.num_waiting == 1
+
+
 def test_waiting_makes_up_for_priority():
     clock = Clock()
     scheduler = make_scheduler(clock, max_num_seqs=1)
@@ -229,6 +271,8 @@ def test_known_output_counts_as_output():
     [
         (EngineRequest(request_id="x", prompt=[], sampling=SamplingParams()), "no tokens"),
         (request("x", 64), "64 tokens"),
+        (request("x", 4, first=-1), "token id -1"),
+        (request("x", 4, first=2**31), "token id 2147483648"),
         (request("x", 4, max_tokens=2, generated=[1, 2]), "max_tokens is 2"),
     ],
 )
