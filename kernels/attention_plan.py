@@ -11,7 +11,7 @@ Prefill rows are computed one by one. A sliding window moves the first block tha
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ MAX_BUCKET_TOKENS = 16384
 """Gathered keys of a bucket, padding included: bounds the workspace."""
 MAX_BUCKET_PADDING = 1024
 """Padded keys that a bucket may hold before a second one is cheaper."""
+MAX_MASK_ELEMENTS = 2**22
+"""Queries times keys of a prefill row that are worked on at once: bounds the mask and the scores of a head."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,8 +35,8 @@ class DecodeBucket:
     count: int
     blocks: Tensor
     """[r * n] int64: block ids."""
-    mask: Tensor
-    """[1, r, 1, n * block size] float32 to be added to the scores: 0 or -inf."""
+    hidden: Tensor
+    """[1, r, 1, n * block size] bool: True where a row must not look. What lies there may be anything finite."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,8 +49,27 @@ class PrefillRow:
     """[n] int64: block ids, from the first that any query sees."""
     num_keys: int
     """Keys in those blocks, without the tail of the last one."""
-    mask: Tensor | None
-    """[queries, num_keys] bool, True where visible; None: causal from the first key on."""
+    begin: int
+    """Index among the keys of the first query's own."""
+    window: int | None
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor | None]]:
+        """The queries in pieces of bounded size, each as a slice of the row's with the keys that it may see: a mask
+        [queries of the piece, num_keys] bool, or None for causal from the first key on (then there is one piece only).
+        """
+        count = self.tokens.stop - self.tokens.start
+        if self.begin == 0 and (self.window is None or count <= self.window) and count * count <= MAX_MASK_ELEMENTS:
+            yield slice(0, count), None
+            return
+        keys = torch.arange(self.num_keys, device=self.blocks.device)
+        step = max(1, MAX_MASK_ELEMENTS // self.num_keys)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            last = torch.arange(self.begin + start, self.begin + stop, device=self.blocks.device)[:, None]
+            visible = keys <= last
+            if self.window:
+                visible &= keys > last - self.window
+            yield slice(start, stop), visible
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,12 +111,11 @@ class AttentionPlan:
         hidden = positions >= contexts
         if window:
             hidden |= positions < contexts - window
-        mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -math.inf)
         return DecodeBucket(
             rows=slice(0, len(rows)) if whole else row_index,
             count=len(rows),
             blocks=blocks.flatten().long(),
-            mask=mask[None, :, None, :],
+            hidden=hidden[None, :, None, :],
         )
 
     def _prefill_rows(self, window: int | None) -> list[PrefillRow]:
@@ -112,22 +132,12 @@ class AttentionPlan:
                     tokens=slice(start, start + count),
                     blocks=metadata.block_tables[row, first : -(-context // size)].long(),
                     num_keys=num_keys,
-                    mask=self._mask(begin - first * size, count, num_keys, window),
+                    begin=begin - first * size,
+                    window=window,
                 )
             )
             start += count
         return rows
-
-    def _mask(self, begin: int, count: int, num_keys: int, window: int | None) -> Tensor | None:
-        """Visibility of keys [0, num_keys) to queries at positions [begin, begin + count)."""
-        if begin == 0 and (window is None or count <= window):
-            return None
-        device = self.metadata.block_tables.device
-        distance = torch.arange(begin, begin + count, device=device)[:, None] - torch.arange(num_keys, device=device)
-        visible = distance >= 0
-        if window:
-            visible &= distance < window
-        return visible
 
 
 def cut_into_buckets(lengths: list[int], block_size: int) -> list[list[int]]:

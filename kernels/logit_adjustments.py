@@ -60,30 +60,32 @@ class LogitAdjustments:
 
 
 def _penalise_(logits: Tensor, penalties: Penalties) -> None:
-    """Penalise what already occurs in the sequences; touches O(P · L) logits and never loops over tokens.
+    """Penalise what already occurs in the sequences; touches one logit per known token of these rows.
 
     Repetition (CTRL, arXiv:1909.05858) divides positive and multiplies negative logits of tokens in prompt or
     output. Frequency (per occurrence) and presence (once) subtract and count the output only (OpenAI's definition).
     A token that occurs several times is written several times with the same value, so the order does not matter.
     """
     device = logits.device
-    columns = np.arange(penalties.tokens.shape[1])[None, :]
-    known = columns < penalties.lengths[:, None]
-    # Behind its end a row repeats its first token: one more write of a value that is written anyway.
-    padded = np.where(known, penalties.tokens, penalties.tokens[:, :1]).astype(np.int64)
-    is_output = known & (columns >= penalties.prompt_lens[:, None])
+    # The rows end to end, so that a long one costs its own length only.
+    row_of = np.repeat(np.arange(len(penalties.rows)), penalties.lengths)
+    column = np.arange(len(row_of)) - np.repeat(np.cumsum(penalties.lengths) - penalties.lengths, penalties.lengths)
+    occurring = penalties.tokens[row_of, column].astype(np.int64)
+    is_output = column >= penalties.prompt_lens[row_of]
 
-    rows = torch.from_numpy(penalties.rows).to(device)
-    tokens = torch.from_numpy(padded).to(device)
+    vocab = logits.shape[1]
+    rows = torch.from_numpy(row_of).to(device)
+    tokens = torch.from_numpy(occurring).to(device)
     repetition, presence, frequency = (
-        torch.from_numpy(array).to(device)[:, None]
+        torch.from_numpy(array).to(device)[rows]
         for array in (penalties.repetition, penalties.presence, penalties.frequency)
     )
-    counts = torch.zeros(len(rows), logits.shape[1], device=device)
-    counts.scatter_add_(1, tokens, torch.from_numpy(is_output.astype(np.float32)).to(device))
-    occurrences = counts.gather(1, tokens)
+    counts = torch.zeros(len(penalties.rows) * vocab, device=device)
+    counts.index_add_(0, rows * vocab + tokens, torch.from_numpy(is_output.astype(np.float32)).to(device))
+    occurrences = counts[rows * vocab + tokens]
 
-    values = logits[rows[:, None], tokens]
+    where = torch.from_numpy(penalties.rows).to(device)[rows], tokens
+    values = logits[where]
     values = torch.where(values > 0, values / repetition, values * repetition)
     values -= occurrences * frequency + (occurrences > 0) * presence
-    logits[rows[:, None], tokens] = values
+    logits[where] = values

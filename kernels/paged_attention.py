@@ -16,9 +16,6 @@ from torch.nn import functional
 from .attention_metadata import AttentionMetadata
 from .attention_plan import AttentionPlan, DecodeBucket, PrefillRow
 
-QUERY_CHUNK = 256
-"""Queries whose scores are held at once where soft capping needs them in memory."""
-
 
 def store_kv(keys: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write a step's keys and values to their slots.
@@ -27,9 +24,12 @@ def store_kv(keys: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, slo
         keys, values: [T, kv_heads, head_dim].
         k_cache, v_cache: [kv_heads, num_blocks, block_size, head_dim], written in place.
         slot_mapping: [T] int64: block id * block size + offset.
+
+    NaN and infinity are stored as finite numbers: a block goes from one sequence to another and pads rows that are
+    not its own, where its content is masked but multiplied. So what breaks one request cannot reach the next.
     """
-    k_cache.flatten(1, 2).index_copy_(1, slot_mapping, keys.transpose(0, 1))
-    v_cache.flatten(1, 2).index_copy_(1, slot_mapping, values.transpose(0, 1))
+    k_cache.flatten(1, 2).index_copy_(1, slot_mapping, torch.nan_to_num(keys).transpose(0, 1))
+    v_cache.flatten(1, 2).index_copy_(1, slot_mapping, torch.nan_to_num(values).transpose(0, 1))
 
 
 class PagedAttention:
@@ -70,10 +70,12 @@ class PagedAttention:
             out[bucket.rows] = self._decode(query[bucket.rows], k_cache, v_cache, bucket, scale, softcap)
         for row in prefill_rows:
             keys, values = _gather_row(k_cache, row), _gather_row(v_cache, row)
-            if softcap is None:
-                out[row.tokens] = _prefill(query[row.tokens], keys, values, row.mask, scale)
-            else:
-                out[row.tokens] = _prefill_softcapped(query[row.tokens], keys, values, row.mask, scale, softcap)
+            attended, queries = out[row.tokens], query[row.tokens]
+            for chunk, visible in row.chunks():
+                if softcap is None:
+                    attended[chunk] = _prefill(queries[chunk], keys, values, visible, scale)
+                else:
+                    attended[chunk] = _prefill_softcapped(queries[chunk], keys, values, visible, scale, softcap)
         return out
 
     def _decode(
@@ -87,9 +89,10 @@ class PagedAttention:
         keys = self._gather(k_cache, bucket.blocks).view(batch, tokens, head_dim)
         scores = torch.bmm(by_head, keys.transpose(1, 2)).view(kv_heads, rows, group, tokens)
         if softcap is None:
-            scores = torch.add(bucket.mask, scores, alpha=scale)
+            scores = scores.float().mul_(scale)
         else:
-            scores = torch.tanh(scores.float() * (scale / softcap)).mul_(softcap).add_(bucket.mask)
+            scores = scores.float().mul_(scale / softcap).tanh_().mul_(softcap)
+        scores.masked_fill_(bucket.hidden, -torch.inf)
         weights = torch.softmax(scores, -1).to(query.dtype).view(batch, group, tokens)
         values = self._gather(v_cache, bucket.blocks).view(batch, tokens, head_dim)  # takes the place of the keys
         return torch.bmm(weights, values).view(kv_heads, rows, group, head_dim).transpose(0, 1).flatten(1, 2)
@@ -109,36 +112,31 @@ def _gather_row(cache: Tensor, row: PrefillRow) -> Tensor:
     return cache.index_select(1, row.blocks).flatten(1, 2)[:, : row.num_keys]
 
 
-def _prefill(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _prefill(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """[queries, heads, head_dim] → the same."""
     return functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys[None],
         values[None],
-        attn_mask=mask,
-        is_causal=mask is None,
+        attn_mask=visible,
+        is_causal=visible is None,
         scale=scale,
         enable_gqa=True,
     )[0].transpose(0, 1)
 
 
 def _prefill_softcapped(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
     """The same with capped scores, which the fused function does not offer."""
     num_queries, heads, head_dim = query.shape
     kv_heads, num_keys, _ = keys.shape
     group = heads // kv_heads
-    if mask is None:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril_()
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for start in range(0, num_queries, QUERY_CHUNK):
-        chunk = slice(start, min(start + QUERY_CHUNK, num_queries))
-        size = chunk.stop - chunk.start
-        by_head = query[chunk].view(size, kv_heads, group, head_dim).permute(1, 2, 0, 3)
-        scores = torch.matmul(by_head, keys[:, None].transpose(2, 3)).float().mul_(scale / softcap).tanh_()
-        scores.mul_(softcap).masked_fill_(~mask[chunk], float("-inf"))
-        weights = torch.softmax(scores, -1).to(query.dtype)
-        attended = torch.matmul(weights, values[:, None])
-        out[chunk] = attended.permute(2, 0, 1, 3).reshape(size, heads, head_dim)
-    return out
+    if visible is None:
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril_()
+    by_head = query.view(num_queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    scores = torch.matmul(by_head, keys[:, None].transpose(2, 3)).float().mul_(scale / softcap).tanh_()
+    scores.mul_(softcap).masked_fill_(~visible, -torch.inf)
+    weights = torch.softmax(scores, -1).to(query.dtype)
+    attended = torch.matmul(weights, values[:, None])
+    return attended.permute(2, 0, 1, 3).reshape(num_queries, heads, head_dim)

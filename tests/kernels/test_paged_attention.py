@@ -87,9 +87,28 @@ def test_rows_of_very_different_length(monkeypatch):
     assert_rows(sequences, [(i, length - 1, 1) for i, length in enumerate(lengths)], window=20)
 
 
-def test_a_long_prompt_with_capped_scores_is_computed_in_pieces():
-    sequences = Sequences([600])
-    assert_rows(sequences, [(0, 0, 600)], softcap=2.0, window=100)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_long_prompt_is_computed_in_pieces(monkeypatch, softcap):
+    monkeypatch.setattr(attention_plan, "MAX_MASK_ELEMENTS", 5000)
+    sequences = Sequences([150])
+    for window in (None, 20):
+        assert_rows(sequences, [(0, 0, 150)], window=window, softcap=softcap)
+        assert_rows(sequences, [(0, 70, 80)], window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_what_breaks_one_row_reaches_neither_its_company_nor_the_next_owner_of_its_blocks(broken, softcap):
+    sequences = Sequences([30, 31, 29])
+    for tensors in (sequences.keys, sequences.values, sequences.queries):
+        tensors[0].fill_(broken)
+    sequences.step([(0, 0, 29), (1, 0, 30)], softcap=softcap)
+    rows = [(0, 29, 1), (1, 30, 1)]
+    expected = sequences.expected(rows[1:], softcap=softcap)
+    torch.testing.assert_close(sequences.step(rows, softcap=softcap)[1:], expected, rtol=1e-5, atol=1e-5)
+    sequences.blocks.tables.append(sequences.blocks.tables[0])
+    assert_rows(sequences, [(2, 0, 9)], softcap=softcap)
+    assert_rows(sequences, [(2, 9, 1), (1, 30, 1)], softcap=softcap)
 
 
 def test_a_row_does_not_depend_on_its_company():
