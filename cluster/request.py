@@ -97,3 +97,6 @@ class TokenOutput(msgspec.Struct, array_like=True):
     """One per token if asked for."""
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache; set in the first output."""
+    index: int = 0
+    """Of the first of `tokens` among the request's generated tokens, `EngineRequest.generated` included: from it the
+    reader sees whether an output came twice or one was lost on the way."""

@@ -78,7 +78,8 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            QueueFull: `max_num_waiting` requests wait already.
+            QueueFull: `max_num_waiting` requests wait already. A request with `generated` tokens is let in all the
+                same: its client has begun to read.
             InvalidRequest: no prompt, one that fills the context or has an id that is no token's, a request id in use,
                 or nothing left to generate.
         """
@@ -103,7 +104,7 @@ class Scheduler:
                 f"{request.sampling.max_tokens}; raise max_tokens",
                 param="max_tokens",
             )
-        if len(self._waiting) >= self.config.max_num_waiting:
+        if len(self._waiting) >= self.config.max_num_waiting and not request.generated:
             raise QueueFull(
                 f"{len(self._waiting)} requests wait already (max_num_waiting = {self.config.max_num_waiting}); "
                 "try again later",
@@ -248,10 +249,12 @@ class Scheduler:
         insort(self._running, sequence, key=attrgetter("urgency"))
         if sequence.scheduled_time is None:
             sequence.scheduled_time = self._clock()
-            sequence.cached_tokens = sequence.scheduled
-            self.stats.prefix_queries += len(sequence.tokens)
-            self.stats.prefix_hits += sequence.scheduled
-            self.stats.prompt_tokens += sequence.prompt_len
+            sequence.cached_tokens = min(sequence.scheduled, sequence.prompt_len)
+            if not sequence.request.generated:  # else the replica that had it before has counted it
+                self.stats.prompt_tokens += sequence.prompt_len
+                if self.config.prefix_caching:
+                    self.stats.prefix_queries += sequence.prompt_len
+                    self.stats.prefix_hits += sequence.scheduled
         # Copies: the plan may be executed in this process while the sequence goes on.
         sampling = sequence.request.sampling
         plan.new.append(NewSequence(sequence.slot, sequence.tokens.copy(), sequence.prompt_len, sampling))
@@ -326,7 +329,7 @@ class Scheduler:
             tokens = sequence.tokens
             tokens.append(token)
             sequence.pending -= 1
-            output = TokenOutput(sequence.request.request_id, [token])
+            output = TokenOutput(sequence.request.request_id, [token], index=len(tokens) - 1 - sequence.prompt_len)
             if logprob is not None:
                 output.logprobs = [logprob]
             if sequence.first_token_time is None:

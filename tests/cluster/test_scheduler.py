@@ -294,6 +294,42 @@ def test_a_full_queue_refuses_with_a_time_to_retry():
         scheduler.add(request("a", 4))
 
 
+def test_a_request_whose_client_reads_already_is_let_into_a_full_queue():
+    scheduler = make_scheduler(max_num_waiting=1)
+    scheduler.add(request("a", 4))
+    scheduler.add(request("b", 4, generated=[5]))
+    assert scheduler.num_waiting == 2
+
+
+def test_outputs_say_where_their_tokens_belong():
+    scheduler = make_scheduler()
+    scheduler.add(request("new", 4, max_tokens=3))
+    scheduler.add(request("resumed", 4, max_tokens=4, generated=[5, 6], first=1))
+    indices = [{name: output.index for name, output in step(scheduler)[1].items()} for _ in range(3)]
+    assert indices == [{"new": 0, "resumed": 2}, {"new": 1, "resumed": 3}, {"new": 2}]
+
+
+def test_a_resumed_request_is_counted_once_and_its_output_is_no_cached_prompt():
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 8, max_tokens=9))
+    while scheduler.has_work:
+        step(scheduler)
+    counted = scheduler.snapshot()
+    assert (counted.prompt_tokens, counted.prefix_queries) == (8, 8)
+    scheduler.add(request("a again", 8, max_tokens=20, generated=[7] * 9))
+    output = step(scheduler)[1]["a again"]
+    assert output.cached_tokens == 8, "16 of its tokens were cached, but its prompt has 8"
+    resumed = scheduler.snapshot()
+    assert (resumed.prompt_tokens, resumed.prefix_queries, resumed.prefix_hits) == (8, 8, 0)
+
+
+def test_nothing_is_looked_up_in_a_cache_that_is_off():
+    scheduler = make_scheduler(prefix_caching=False)
+    scheduler.add(request("a", 8))
+    step(scheduler)
+    assert scheduler.snapshot().prefix_queries == 0
+
+
 def test_internal_waste_counts_the_unfilled_slots_of_the_last_block():
     scheduler = make_scheduler()
     scheduler.add(request("a", 5))
