@@ -7,10 +7,14 @@ states to (p + 1, t).
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from collections import deque
 from datetime import timedelta
 from typing import Protocol
+from urllib.parse import urlsplit
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -103,12 +107,19 @@ class DistributedCollectives:
             dist.destroy_process_group()
 
 
-def connect(layout: ShardLayout, init_method: str, timeout: float, device: torch.device) -> Collectives:
+def connect(
+    layout: ShardLayout, init_method: str, timeout: float, device: torch.device, listen_fd: int | None = None
+) -> Collectives:
     """Meet the other shards of the replica.
+
+    torch.distributed authenticates nobody, so nothing here listens on more than one address: the rendezvous on the one
+    that `init_method` names, the shards' own sockets on the interface through which they reach it.
 
     Args:
         init_method: `tcp://host:port` of rank 0; unused by a single shard.
         timeout: seconds, for the meeting and for every operation afterwards.
+        listen_fd: for rank 0, a socket that is bound to `init_method` already, which this call takes over; None makes
+            one.
 
     Raises:
         EngineError: not all shards came in time.
@@ -116,10 +127,20 @@ def connect(layout: ShardLayout, init_method: str, timeout: float, device: torch
     if layout.world_size == 1:
         return SingleShard()
     bound = timedelta(seconds=timeout)
+    address = urlsplit(init_method)
+    host, port = address.hostname, address.port
+    assert host is not None, "the rendezvous is tcp://host:port"
+    assert port is not None, "the rendezvous is tcp://host:port"
     try:
+        _use_interface_towards(host)
+        if layout.rank == 0 and listen_fd is None:
+            listen_fd = rendezvous_socket(host, port).detach()
+        store = dist.TCPStore(
+            host, port, layout.world_size, is_master=layout.rank == 0, timeout=bound, master_listen_fd=listen_fd
+        )
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
+            store=store,
             rank=layout.rank,
             world_size=layout.world_size,
             timeout=bound,
@@ -132,9 +153,34 @@ def connect(layout: ShardLayout, init_method: str, timeout: float, device: torch
                 stage_group = dist.new_group(ranks, timeout=bound)
                 if stage == layout.pp_rank:
                     group = stage_group
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"rank {layout.rank} of {layout.world_size} could not meet its peers at {init_method} in {timeout:g} s: "
             f"{error}"
         ) from error
     return DistributedCollectives(layout, group)
+
+
+def rendezvous_socket(host: str, port: int = 0) -> socket.socket:
+    """A socket that listens on `host` for a replica's shards; port 0 takes a free one.
+
+    Whoever opens it keeps it until `connect` takes it over, so that nobody can be given its port in between.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=64)
+
+
+def _use_interface_towards(host: str) -> None:
+    """Have gloo and NCCL listen on the interface that leads to `host`, unless their variables name one already.
+
+    Left alone, gloo takes the one that the machine's name resolves to, and NCCL every one that it finds.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # sends nothing, but chooses the route
+        own = probe.getsockname()[0]
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == own for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # "=": this name, not names that begin so
+            return

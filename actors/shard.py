@@ -52,7 +52,9 @@ class Shard:
             EngineError: not all came in time.
         """
         config = self.config
-        self._collectives = connect(config.layout, config.init_method, config.timeout_seconds, self.device)
+        self._collectives = connect(
+            config.layout, config.init_method, config.timeout_seconds, self.device, config.listen_fd
+        )
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read this shard's weights; `progress` is called with (bytes done, bytes in all).

@@ -40,8 +40,6 @@ class ShardPlace(msgspec.Struct, frozen=True):
     node_id: str
     address: str
     """Of the node, in Ray's network."""
-    free_port: int
-    """For the rendezvous of all shards, if this is the one with rank 0."""
 
 
 class ShardReport(msgspec.Struct, frozen=True):
@@ -64,7 +62,8 @@ class ShardActor:
         self._thread = ThreadPoolExecutor(1, "shard")
         self._reporter = Reporter(settings.listener, settings.name, replica)
         self._shard: Shard | None = None
-        self._place = ShardPlace(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), _free_port())
+        self._listener: socket.socket | None = None
+        self._place = ShardPlace(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
         self._thread.submit(importlib.import_module, ".shard", __package__)  # torch loads while the group is formed
 
     def __repr__(self) -> str:
@@ -74,9 +73,22 @@ class ShardActor:
         """Where this process runs."""
         return self._place
 
+    async def listen(self, host: str) -> str:
+        """Open the rendezvous of all shards on `host`, an address of this node; to be asked of rank 0. Its address for
+        torch.distributed."""
+
+        def open_socket() -> str:
+            from .collectives import rendezvous_socket  # in the thread, because torch comes with it
+
+            self._listener = rendezvous_socket(host)
+            port = self._listener.getsockname()[1]
+            return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+        return await self._in_thread(open_socket)
+
     async def load(self, rendezvous: str) -> ShardReport:
-        """Meet the other shards at `rendezvous`, an address of torch.distributed (empty without any), and load this
-        one's weights.
+        """Meet the other shards at `rendezvous`, what rank 0's `listen` gave (empty without any), and load this one's
+        weights.
 
         Raises:
             CheckpointError: the model folder cannot be loaded.
@@ -104,8 +116,6 @@ class ShardActor:
         from .shard import Shard
 
         settings = self._settings
-        if rendezvous.startswith(f"tcp://{LOOPBACK}:"):
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # tensors of a group on one node do not leave it either
         config = ShardConfig(
             folder=settings.folder,
             layout=self._layout,
@@ -117,6 +127,7 @@ class ShardActor:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             num_threads=settings.num_threads,
             init_method=rendezvous,
+            listen_fd=self._listener.detach() if self._listener is not None else None,
         )
         self._shard = Shard(config)
         self._shard.connect()
@@ -127,9 +138,3 @@ class ShardActor:
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

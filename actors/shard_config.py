@@ -27,5 +27,7 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads; None: as torch chooses."""
     init_method: str = ""
     """torch.distributed's rendezvous, such as tcp://127.0.0.1:29500; not read by a replica of one shard."""
+    listen_fd: int | None = None
+    """On rank 0, a socket bound to `init_method`, to be taken over; None: the shard opens one."""
     timeout_seconds: float = 300.0
     """How long a shard waits for the others, when they meet and in every tensor operation."""

@@ -8,7 +8,7 @@ place ─▶ load (rendezvous, weights) ─▶ allocate (KV cache) ─▶ serve 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -45,11 +45,6 @@ class ShardGroup:
             for layout in all_layouts(settings.tensor_parallel_size, settings.pipeline_parallel_size)
         ]
 
-    @property
-    def num_shards(self) -> int:
-        """Shards of the replica."""
-        return len(self._actors)
-
     async def load(self) -> list[ShardReport]:
         """Load all weights; what every shard reports, in rank order.
 
@@ -60,8 +55,11 @@ class ShardGroup:
         self._places = await self._all(lambda actor: actor.place.remote())
         first = self._places[0]
         together = all(place.node_id == first.node_id for place in self._places)
-        address = f"tcp://{LOOPBACK if together else first.address}:{first.free_port}"
-        rendezvous = address if len(self._actors) > 1 else ""
+        rendezvous = ""
+        if len(self._actors) > 1:
+            [rendezvous] = await self._all(
+                lambda actor: actor.listen.remote(LOOPBACK if together else first.address), self._actors[:1]
+            )
         return await self._all(lambda actor: actor.load.remote(rendezvous))
 
     async def allocate(self, num_blocks: int) -> None:
@@ -100,8 +98,8 @@ class ShardGroup:
         for actor in self._actors:
             ray.kill(actor)
 
-    async def _all(self, call: Callable[[Any], Any]) -> list[Any]:
-        """Call every shard; the first failure ends the wait, because the others may wait for the one that failed."""
+    async def _all(self, call: Callable[[Any], Any], actors: Sequence[Any] | None = None) -> list[Any]:
+        """Call every shard, or `actors`; the first failure ends the wait, because the others may wait for that one."""
 
         async def one(rank: int, actor: Any) -> Any:
             try:
@@ -109,7 +107,7 @@ class ShardGroup:
             except (RayActorError, RayTaskError) as error:
                 raise self._explain(rank, error) from None
 
-        return list(await asyncio.gather(*(one(rank, actor) for rank, actor in enumerate(self._actors))))
+        return list(await asyncio.gather(*(one(rank, actor) for rank, actor in enumerate(actors or self._actors))))
 
     def _explain(self, rank: int, error: RayActorError | RayTaskError) -> Exception:
         """What a user should read: a shard's own exception, or that its process is gone."""
