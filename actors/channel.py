@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from ..cluster.errors import ShardFailed
+from ..cluster.errors import ShardFailed, StepFailed
 from ..cluster.messages import Endpoint
 from ..cluster.secure_socket import SecureContext
 from ..cluster.step import StepPlan, StepResult
@@ -32,7 +33,12 @@ logger = logging.getLogger(__name__)
 _HELLO = b"H"
 _RESULT = b"R"
 _FAILURE = b"F"
+_LOST = b"L"
 _STOP = b""
+
+DEATH_SECONDS = 0.5
+"""How long a fault that a shard reports waits for news of a process that ended: when one dies, its peers' tensor
+operations fail at once, and would be taken for the cause."""
 
 
 def _identity(rank: int) -> bytes:
@@ -47,12 +53,14 @@ class ChannelExecutor:
         self._loop = asyncio.get_running_loop()
         self._context = SecureContext()
         self._socket, self.endpoint = self._context.bind(zmq.ROUTER, host)
+        self._socket.router_mandatory = True  # a plan for a shard that is not there is an error, and not dropped
         self._shards = [_identity(rank) for rank in range(num_shards)]
         self._missing = set(self._shards)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepResult)
         self._results: collections.deque[StepResult] = collections.deque()
         self._failure: ShardFailed | None = None
+        self._suspicion: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._loop.add_reader(self._socket.fileno(), self._drain)
@@ -72,12 +80,22 @@ class ChannelExecutor:
             raise ShardFailed(f"{names} did not connect to the scheduler within {within:g} s") from None
 
     def submit(self, plan: StepPlan) -> None:
-        """Send `plan` to all shards; they run plans in the order of submission."""
+        """Send `plan` to all shards; they run plans in the order of submission.
+
+        Raises:
+            ShardFailed: as `result` does. A fault found only now is raised by `result`.
+        """
         if self._failure is not None:
             raise self._failure
+        if self._suspicion is not None:
+            return  # what is wrong is about to be known
         frame = self._encoder.encode(plan)
-        for identity in self._shards:
-            self._socket.send_multipart((identity, frame), zmq.DONTWAIT)
+        for rank, identity in enumerate(self._shards):
+            try:
+                self._socket.send_multipart((identity, frame), zmq.DONTWAIT)
+            except zmq.ZMQError as error:
+                self.suspect(ShardFailed(f"shard {rank} is not connected any more: {error}"))
+                break
         # The socket's descriptor signals changes of state only, and sending may have consumed one.
         self._drain()
 
@@ -97,14 +115,22 @@ class ChannelExecutor:
             self._failure = error
         self._wake()
 
+    def suspect(self, error: ShardFailed) -> None:
+        """`fail` with `error` unless something else is found to be the cause within `DEATH_SECONDS`."""
+        if self._suspicion is None and self._failure is None:
+            self._suspicion = self._loop.call_later(DEATH_SECONDS, self.fail, error)
+
     def close(self) -> None:
         """Tell the shards to stop and close the socket."""
         if self._closed:
             return
         self._closed = True
         self._loop.remove_reader(self._socket.fileno())
+        if self._suspicion is not None:
+            self._suspicion.cancel()
         for identity in self._shards:
-            self._socket.send_multipart((identity, _STOP), zmq.DONTWAIT)
+            with contextlib.suppress(zmq.ZMQError):  # it is gone
+                self._socket.send_multipart((identity, _STOP), zmq.DONTWAIT)
         self._context.close()
         self.fail(ShardFailed("the channel to the shards is closed"))
 
@@ -116,8 +142,10 @@ class ChannelExecutor:
                 self._results.append(self._decoder.decode(payload))
             elif kind == _HELLO:
                 self._missing.discard(identity)
+            elif kind == _LOST:
+                self.suspect(ShardFailed(payload.decode()))
             else:
-                self.fail(ShardFailed(payload.decode()))
+                self.suspect(StepFailed(payload.decode()))
             self._wake()
 
     def _wake(self) -> None:
@@ -148,20 +176,29 @@ class ShardServer:
         """Run plans until the scheduler says stop; blocks.
 
         Raises:
-            ShardFailed: `run` raised. The scheduler has been told; this shard's state is undefined.
+            StepFailed: `run` raised. The scheduler has been told; this shard's state is undefined.
+            ShardFailed: a plan is missing, as after a connection that broke and was made again. The scheduler has been
+                told.
         """
         encoder = msgspec.msgpack.Encoder()
         decoder = msgspec.msgpack.Decoder(StepPlan)
         try:
+            expected: int | None = None  # the first plan may have any number
             while frame := self._socket.recv():
                 plan = decoder.decode(frame)
+                if expected is not None and plan.step != expected:
+                    cause = f"{self._name} got step {plan.step} instead of {expected}: plans were lost"
+                    logger.error("%s", cause)
+                    self._socket.send_multipart((_LOST, cause.encode()))
+                    raise ShardFailed(cause)
+                expected = plan.step + 1
                 try:
                     result = run(plan)
                 except Exception as error:
                     cause = f"{self._name} failed in step {plan.step}: {type(error).__name__}: {error}"
                     logger.exception("%s", cause)
                     self._socket.send_multipart((_FAILURE, cause.encode()))
-                    raise ShardFailed(cause) from error
+                    raise StepFailed(cause) from error
                 if result is not None:
                     self._socket.send_multipart((_RESULT, encoder.encode(result)))
         finally:

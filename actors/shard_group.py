@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..cluster.errors import ShardFailed
 from ..cluster.topology import all_layouts
-from .channel import ChannelExecutor
+from .channel import DEATH_SECONDS, ChannelExecutor
 from .placement import shard_bundle
 from .replica_settings import ReplicaSettings
 from .shard_actor import LOOPBACK, ShardActor, ShardPlace, ShardReport
@@ -78,9 +78,11 @@ class ShardGroup:
             try:
                 await call
                 return
-            except (RayActorError, RayTaskError) as error:
+            except RayError as error:
                 cause = self._explain(rank, error)
                 failure = cause if isinstance(cause, ShardFailed) else ShardFailed(f"shard {rank} failed: {cause}")
+                if isinstance(error, RayTaskError):
+                    await asyncio.sleep(DEATH_SECONDS)  # as the channel does; a death would be the cause
             executor.fail(failure)
             if not reported:
                 reported = True
@@ -104,14 +106,25 @@ class ShardGroup:
         async def one(rank: int, actor: Any) -> Any:
             try:
                 return await call(actor)
-            except (RayActorError, RayTaskError) as error:
+            except RayError as error:
                 raise self._explain(rank, error) from None
 
         return list(await asyncio.gather(*(one(rank, actor) for rank, actor in enumerate(actors or self._actors))))
 
-    def _explain(self, rank: int, error: RayActorError | RayTaskError) -> Exception:
+    def _explain(self, rank: int, error: RayError) -> Exception:
         """What a user should read: a shard's own exception, or that its process is gone."""
         if isinstance(error, RayTaskError):
             return error.cause if isinstance(error.cause, Exception) else error
         where = f" on node {self._places[rank].address}" if self._places else ""
-        return ShardFailed(f"the process of shard {rank}{where} ended unexpectedly")
+        return ShardFailed(f"the process of shard {rank}{where} ended unexpectedly: {cause_of_death(error)}")
+
+
+def cause_of_death(error: RayError) -> str:
+    """What Ray knows about the end of a process, in one line."""
+    lines = str(error).splitlines()
+    # The first line says that the actor died; the indented ones say which.
+    causes = [line.strip() for line in lines[1:] if line.strip() and not line.startswith("\t")] or lines[:1]
+    if not causes:
+        return "no cause given"
+    cause = causes[0].rpartition("Worker exit detail: ")[2]
+    return cause.partition(" There are some potential root causes")[0].rstrip(".")

@@ -12,6 +12,7 @@ TroupeError
 │   └── ReplicaUnavailable   503: no replica could finish the request
 └── EngineError              our side failed: a shard died, a channel closed
     └── ShardFailed          names rank and node
+        └── StepFailed       a step raised: its requests may be the cause
 
 Every message says what was wrong, with the offending value, and what to do. `assert` is for our own bugs only.
 """
@@ -95,3 +96,7 @@ class EngineError(TroupeError):
 
 class ShardFailed(EngineError):
     """A shard actor died or raised. The message names its rank, its node and the cause."""
+
+
+class StepFailed(ShardFailed):
+    """A shard raised in a step. One of the step's requests may be the cause, so another shard may raise as well."""

@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from raytroupe.actors.channel import ChannelExecutor, ShardServer
-from raytroupe.cluster.errors import ShardFailed
+from raytroupe.cluster.errors import ShardFailed, StepFailed
 from raytroupe.cluster.messages import Endpoint
 from raytroupe.cluster.request import SamplingParams
 from raytroupe.cluster.secure_socket import SecureContext
@@ -99,7 +99,7 @@ async def test_a_step_in_which_a_shard_raises_ends_as_shard_failed(executor: Cha
     shards.start(executor.endpoint, 1, explode)
     await executor.connected(10)
     executor.submit(plan_of(3))
-    with pytest.raises(ShardFailed, match=r"shard 1 on node n1 failed in step 3: ValueError: no memory in step 3"):
+    with pytest.raises(StepFailed, match=r"shard 1 on node n1 failed in step 3: ValueError: no memory in step 3"):
         await executor.result()
     with pytest.raises(ShardFailed):
         executor.submit(plan_of(4))
@@ -115,6 +115,52 @@ async def test_failure_reported_from_outside_wakes_whoever_waits(executor: Chann
     executor.fail(ShardFailed("a later failure that the first one caused"))
     with pytest.raises(ShardFailed, match="shard 1 on node n1 died"):
         await waiting
+
+
+async def test_a_process_that_died_is_blamed_rather_than_the_peers_it_took_along(executor: ChannelExecutor) -> None:
+    def lose_peer(plan: StepPlan) -> StepResult | None:
+        raise RuntimeError("connection closed by peer")
+
+    shards = Shards()
+    shards.start(executor.endpoint, 0, lose_peer)
+    shards.start(executor.endpoint, 1, lambda plan: None)
+    await executor.connected(10)
+    executor.submit(plan_of(0))
+    await until(lambda: executor._suspicion is not None)
+    executor.submit(plan_of(1))  # not refused: what happened is not known yet
+    executor.fail(ShardFailed("the process of shard 1 ended"))
+    with pytest.raises(ShardFailed, match="the process of shard 1 ended"):
+        await executor.result()
+
+
+async def test_a_plan_for_a_shard_that_left_is_a_failure(executor: ChannelExecutor) -> None:
+    shards = Shards()
+    shards.start(executor.endpoint, 0, result_of)
+    await until(lambda: len(executor._missing) == 1)
+    executor.submit(plan_of(0))
+    with pytest.raises(ShardFailed, match="shard 1 is not connected any more"):
+        await _all_results(executor)
+
+
+async def _all_results(executor: ChannelExecutor) -> None:
+    while True:
+        await executor.result()
+
+
+async def test_a_shard_that_missed_a_plan_refuses_the_next(executor: ChannelExecutor) -> None:
+    shards = Shards()
+    shards.start(executor.endpoint, 0, result_of)
+    shards.start(executor.endpoint, 1, lambda plan: None)
+    await executor.connected(10)
+    executor.submit(plan_of(4))
+    assert (await executor.result()).step == 4
+    executor.submit(plan_of(6))
+    with pytest.raises(ShardFailed, match=r"shard \d on node n1 got step 6 instead of 5: plans were lost"):
+        await executor.result()
+    executor.close()
+    assert await shards.ended()
+    assert shards.errors.keys() == {0, 1}
+    assert [plan.step for plan in shards.plans[0]] == [4]
 
 
 async def test_results_that_arrived_before_a_failure_are_still_delivered(executor: ChannelExecutor) -> None:
