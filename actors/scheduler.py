@@ -30,8 +30,9 @@ from .token_sender import TokenSender
 logger = logging.getLogger("ray.serve")
 
 METRICS_SECONDS = 1.0
-STALL_SECONDS = 120.0
-"""Work in the queue and no result for so long: the engine hangs."""
+STALL_SECONDS = 600.0
+"""Work in the queue and no result for so long: the engine hangs. A step of a large model may take minutes on a CPU, and
+this is the last resort only: a process that ends or a step that raises is noticed at once."""
 GOODBYE_SECONDS = 0.5
 """Between telling all callers that the engine failed and ending the process, for the replies to get away."""
 
