@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from ..cluster.errors import ShardFailed
+from ..cluster.errors import ShardFailed, StepFailed
 from ..cluster.step import StepPlan, StepResult
 
 
@@ -83,7 +83,7 @@ class LocalExecutor:
                 assert result is not None, "a shard that is alone reports every step"
                 future.set_result(result)
             except Exception as error:
-                failure = ShardFailed(f"the local shard failed in step {plan.step}: {type(error).__name__}: {error}")
+                failure = StepFailed(f"the local shard failed in step {plan.step}: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 self._failure = failure
                 future.set_exception(failure)

@@ -14,14 +14,16 @@ import msgspec
 import ray
 from ray import serve
 
-from ..cluster.errors import EngineError, RequestError, ShardFailed
+from ..cluster.errors import EngineError, ShardFailed
 from ..cluster.kv_memory import KVMemory, plan_kv_memory
-from ..cluster.messages import GenerateCall, GenerateReply
+from ..cluster.messages import GenerateCall
 from ..cluster.request import TokenOutput
 from ..cluster.scheduler import Scheduler, SchedulerConfig
 from ..cluster.step import StepResult
+from .control_calls import ControlCalls
 from .engine_loop import EngineLoop
 from .engine_metrics import EngineMetrics, StepTotals
+from .repetition import repeat
 from .replica_settings import ReplicaSettings
 from .reporter import Reporter
 from .shard_group import ShardGroup
@@ -30,6 +32,8 @@ from .token_sender import TokenSender
 logger = logging.getLogger("ray.serve")
 
 METRICS_SECONDS = 1.0
+WATCH_SECONDS = 0.5
+"""Between looks at which ingresses are still there."""
 STALL_SECONDS = 600.0
 """Work in the queue and no result for so long: the engine hangs. A step of a large model may take minutes on a CPU, and
 this is the last resort only: a process that ends or a step that raises is noticed at once."""
@@ -46,7 +50,7 @@ class SchedulerReplica:
         self._reporter = Reporter(settings.listener, settings.name, self._replica)
         self._decoder = msgspec.msgpack.Decoder(GenerateCall)
         self._encoder = msgspec.msgpack.Encoder()
-        self._ended: dict[str, asyncio.Future[GenerateReply]] = {}
+        self._calls: ControlCalls | None = None
         self._failure: EngineError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._sender = TokenSender()
@@ -67,24 +71,8 @@ class SchedulerReplica:
 
     async def generate(self, payload: bytes) -> bytes:
         """Serve one request: `GenerateCall` in, `GenerateReply` out when it has ended, both msgpack."""
-        call = self._decoder.decode(payload)
-        request_id = call.request.request_id
-        if self._failure is not None:
-            return self._encoder.encode(_reply_to(self._failure))
-        try:
-            self._engine.add(call.request)
-        except RequestError as error:
-            return self._encoder.encode(_reply_to(error))
-        self._sender.register(request_id, call.reply_to)
-        ended = self._ended[request_id] = asyncio.get_running_loop().create_future()
-        try:
-            return self._encoder.encode(await ended)
-        except asyncio.CancelledError:
-            self._engine.abort(request_id)
-            raise
-        finally:
-            del self._ended[request_id]
-            self._sender.unregister(request_id)
+        assert self._calls is not None, "the engine starts before Serve calls"
+        return self._encoder.encode(await self._calls.serve(self._decoder.decode(payload)))
 
     async def engine_stats(self) -> dict[str, object]:
         """The scheduler's snapshot, the replica's name and whether the engine's invariants hold (None or the fault)."""
@@ -153,7 +141,17 @@ class SchedulerReplica:
         )
         self._totals = StepTotals()
         self._engine = EngineLoop(self._scheduler, self._executor, self._publish, self._observe)
-        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._publish_metrics())]
+        self._calls = ControlCalls(self._engine, self._sender)
+        metrics = EngineMetrics(settings.name, self._replica)
+
+        def publish_metrics() -> None:
+            metrics.publish(self._scheduler.snapshot(), self._scheduler.stats.drain_finished(), self._totals)
+
+        self._tasks = [
+            asyncio.create_task(self._run()),
+            asyncio.create_task(repeat(publish_metrics, METRICS_SECONDS)),
+            asyncio.create_task(repeat(self._calls.abort_orphans, WATCH_SECONDS)),
+        ]
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -169,23 +167,13 @@ class SchedulerReplica:
             )
 
     def _publish(self, outputs: list[TokenOutput]) -> None:
-        self._sender.publish(outputs)
-        for output in outputs:
-            if output.finish_reason is not None:
-                ended = self._ended.get(output.request_id)
-                if ended is not None and not ended.done():
-                    ended.set_result(GenerateReply())
+        assert self._calls is not None, "it is made with the engine"
+        self._calls.publish(outputs)
 
     def _observe(self, result: StepResult) -> None:
         self._totals.steps += 1
         self._totals.model_seconds += result.model_seconds
         self._totals.shard_seconds += result.total_seconds
-
-    async def _publish_metrics(self) -> None:
-        metrics = EngineMetrics(self._settings.name, self._replica)
-        while True:
-            metrics.publish(self._scheduler.snapshot(), self._scheduler.stats.drain_finished(), self._totals)
-            await asyncio.sleep(METRICS_SECONDS)
 
     # --- failure --------------------------------------------------------------------------------------------------
 
@@ -200,14 +188,9 @@ class SchedulerReplica:
             return
         self._failure = error
         self._reporter.notice(f"{error}; the replica is replaced", warning=True)
-        for ended in self._ended.values():
-            if not ended.done():
-                ended.set_result(_reply_to(error))
+        if self._calls is not None:  # else a shard died while the replica started
+            self._calls.fail(error)
         self._shards.kill()
         await asyncio.sleep(GOODBYE_SECONDS)
         self._reporter.close()
         ray.kill(ray.get_runtime_context().current_actor)
-
-
-def _reply_to(error: RequestError | EngineError) -> GenerateReply:
-    return GenerateReply(str(error), type(error).__name__, getattr(error, "retry_after", 1))

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from ..cluster.messages import Endpoint, TokenBatch
 from ..cluster.request import TokenOutput
@@ -15,6 +16,10 @@ from ..cluster.secure_socket import SecureContext
 
 KEEP_SECONDS = 60.0
 """An ingress without requests keeps its connection so long, which saves the next request the CURVE handshake."""
+CONNECT_SECONDS = 10.0
+"""A new connection may take so long."""
+RECONNECT_SECONDS = 2.0
+"""A broken connection may take so long to come back; ZeroMQ tries ten times a second."""
 
 
 class _Outlet:
@@ -25,6 +30,23 @@ class _Outlet:
         self.requests = 0
         self.last_used = now
         self.batch: list[TokenOutput] = []
+        self.dead_at: float | None = now + CONNECT_SECONDS
+        """When the ingress is given up unless it connects before; None: it is connected."""
+
+    def look(self, now: float) -> None:
+        """Take in what has happened to the connection."""
+        monitor = self.socket.get_monitor_socket()
+        while monitor.poll(0):
+            event = parse_monitor_message(monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.dead_at = None
+            elif self.dead_at is None:
+                self.dead_at = now + RECONNECT_SECONDS
+
+    def close(self, linger_ms: int) -> None:
+        """Close the connection, after at most `linger_ms` for what is queued."""
+        self.socket.disable_monitor()
+        self.socket.close(linger_ms)
 
 
 class TokenSender:
@@ -42,7 +64,10 @@ class TokenSender:
         outlet = self._outlets.get(endpoint)
         if outlet is None:
             self._close_unused()
-            outlet = self._outlets[endpoint] = _Outlet(self._context.connect(zmq.PUSH, endpoint), self._clock())
+            socket = self._context.connect(
+                zmq.PUSH, endpoint, watch=zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            )
+            outlet = self._outlets[endpoint] = _Outlet(socket, self._clock())
         outlet.requests += 1
         self._by_request[request_id] = outlet
 
@@ -65,9 +90,28 @@ class TokenSender:
             outlet.batch.append(output)
         for outlet in touched:
             # Without a high-water mark the message is queued in memory even if the ingress reads nothing; its size
-            # is bounded by the requests of that ingress, which end or are aborted when it dies.
+            # is bounded by the requests of that ingress, which end or are aborted when it dies (`drop_unreachable`).
             outlet.socket.send(self._encoder.encode(TokenBatch(outlet.batch)), zmq.DONTWAIT)
             outlet.batch = []
+
+    def drop_unreachable(self) -> list[str]:
+        """Close the connections to ingresses that are gone; the requests that came from there, now unregistered.
+
+        Call it about twice a second.
+        """
+        now = self._clock()
+        gone: set[_Outlet] = set()
+        for endpoint, outlet in list(self._outlets.items()):
+            outlet.look(now)
+            if outlet.dead_at is not None and outlet.dead_at <= now:
+                gone.add(outlet)
+                self._outlets.pop(endpoint).close(linger_ms=0)
+        if not gone:
+            return []
+        orphans = [request_id for request_id, outlet in self._by_request.items() if outlet in gone]
+        for request_id in orphans:
+            del self._by_request[request_id]
+        return orphans
 
     def close(self) -> None:
         """Close all connections, after a moment for what is queued."""
@@ -84,4 +128,4 @@ class TokenSender:
         limit = self._clock() - KEEP_SECONDS
         unused = [key for key, outlet in self._outlets.items() if not outlet.requests and outlet.last_used <= limit]
         for endpoint in unused:
-            self._outlets.pop(endpoint).socket.close()
+            self._outlets.pop(endpoint).close(linger_ms=1000)

@@ -2,7 +2,8 @@
 
 One unary Serve call per request is its *control*: it carries a `GenerateCall`, lasts as long as the request, and
 returns a `GenerateReply`. Cancelling it aborts the request. The tokens take another way: after every engine step the
-scheduler pushes one `TokenBatch` to each ingress that waits for something from that step (ZeroMQ, PUSH to PULL).
+scheduler pushes one `TokenBatch` to each ingress that waits for something from that step (ZeroMQ, PUSH to PULL). An
+output without tokens comes first: it says that the scheduler has the request.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from .messages import Endpoint
 
+_HEARTBEAT_MS = 2_000
+_HEARTBEAT_TIMEOUT_MS = 10_000
 _EVERYWHERE = {"", "*", "0.0.0.0", "::", "[::]"}
 
 
@@ -51,9 +53,22 @@ class SecureContext:
         )
         return socket, endpoint
 
-    def connect(self, kind: int, endpoint: Endpoint, *, identity: bytes | None = None) -> zmq.Socket[Any]:
-        """Connect a socket of type `kind` to `endpoint`; returns at once, the handshake goes on in the background."""
+    def connect(
+        self, kind: int, endpoint: Endpoint, *, identity: bytes | None = None, watch: int = 0
+    ) -> zmq.Socket[Any]:
+        """Connect a socket of type `kind` to `endpoint`; returns at once, the handshake goes on in the background.
+
+        Args:
+            kind: `zmq.PUSH` …
+            endpoint: what to connect to.
+            identity: how a ROUTER addresses this socket.
+            watch: connection events (`zmq.EVENT_DISCONNECTED` …) that `socket.get_monitor_socket()` gives. The peer is
+                then asked every few seconds for a sign of life, so that the loss of its machine is an event too.
+        """
         socket = self._socket(kind)
+        if watch:
+            socket.heartbeat_ivl, socket.heartbeat_timeout = _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS
+            socket.get_monitor_socket(watch)
         if identity is not None:
             socket.identity = identity
         socket.curve_serverkey = endpoint.server_public_key.encode()

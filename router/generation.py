@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from ..cluster.errors import EngineError
-from ..cluster.request import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
+from ..cluster.request import EngineRequest, TokenLogprobs, TokenOutput
 from .detokenizer import Detokenizer, StopStrings
 from .engine_client import EngineClient
 from .tokenizer import Tokenizer
@@ -92,8 +92,6 @@ class Choice:
                 self.finish_reason, self.stop_reason = "stop", self._stops.found
                 break
         if self.finish_reason is None and output.finish_reason is not None:
-            if output.finish_reason is FinishReason.ABORT:
-                raise EngineError(f"request {self.request.request_id} was aborted by the engine")
             self.finish_reason = output.finish_reason.value
             if output.stop_token in self._user_stop_tokens:
                 self.stop_reason = output.stop_token

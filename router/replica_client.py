@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -21,14 +22,22 @@ from ray.serve.handle import DeploymentHandle
 
 from ..cluster import errors
 from ..cluster.messages import GenerateCall, GenerateReply
-from ..cluster.request import EngineRequest, FinishReason, TokenOutput
-from .token_receiver import Mailbox, TokenReceiver
+from ..cluster.request import EngineRequest, TokenOutput
+from .token_receiver import Mailbox, TokenReceiver, TokensMissing
 
 logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 1
+"""So many raised steps are a replica's own fault; one more, and the request itself is the suspect."""
+MAX_RETRY_WAIT_SECONDS = 5.0
 
 
 class _ReplicaLost(Exception):
     """The replica cannot finish the request, but another one can."""
+
+
+class _StepFailed(_ReplicaLost):
+    """The replica raised while it computed the request, which may be the cause."""
 
 
 class ReplicaClient:
@@ -40,8 +49,9 @@ class ReplicaClient:
         receiver: TokenReceiver,
         *,
         max_resubmissions: int = 5,
-        resubmission_wait_s: float = 0.2,
-        resubmission_timeout_s: float = 60.0,
+        retry_wait_s: float = 0.2,
+        acceptance_timeout_s: float = 60.0,
+        resumption_timeout_s: float = 300.0,
         straggler_timeout_s: float = 10.0,
         health_timeout_s: float = 5.0,
     ) -> None:
@@ -51,16 +61,20 @@ class ReplicaClient:
             handles: by model name; the deployment has methods `generate` and `check_health`.
             receiver: where replicas send tokens.
             max_resubmissions: how many replicas may die under one request.
-            resubmission_wait_s: before the first resubmission; doubles each time.
-            resubmission_timeout_s: how long a resubmitted request may wait for its first token.
+            retry_wait_s: before the first retry; doubles each time, up to `MAX_RETRY_WAIT_SECONDS`.
+            acceptance_timeout_s: how long a new request may wait for a replica that accepts it. Once accepted, it may
+                wait for its turn as long as the replica lives.
+            resumption_timeout_s: the same after the loss of a replica, refusals included; long enough for a
+                replacement to load the model.
             straggler_timeout_s: how long tokens may be on their way after the control call has returned.
             health_timeout_s: how long replicas may take to say that they make progress.
         """
         self._handles = handles
         self._receiver = receiver
         self._max_resubmissions = max_resubmissions
-        self._resubmission_wait_s = resubmission_wait_s
-        self._resubmission_timeout_s = resubmission_timeout_s
+        self._retry_wait_s = retry_wait_s
+        self._acceptance_timeout_s = acceptance_timeout_s
+        self._resumption_timeout_s = resumption_timeout_s
         self._straggler_timeout_s = straggler_timeout_s
         self._health_timeout_s = health_timeout_s
         self._encoder = msgspec.msgpack.Encoder()
@@ -70,69 +84,91 @@ class ReplicaClient:
         """Run `request` on a replica of `model`; see `EngineClient`."""
         self._receiver.start()
         known = list(request.generated)
-        for attempt in range(self._max_resubmissions + 1):
+        losses = failed_steps = retries = 0
+        now = asyncio.get_running_loop().time
+        deadline = now() + self._acceptance_timeout_s
+        for attempt in itertools.count():
             # A new id each time: tokens of the dead replica may still be on their way.
             current = msgspec.structs.replace(request, request_id=f"{request.request_id}~{attempt}", generated=[*known])
-            outputs = self._attempt(model, current, resubmitted=attempt > 0)
+            outputs = self._attempt(model, current, deadline)
             try:
                 async for output in outputs:
                     known.extend(output.tokens)
                     yield output
                 return
             except _ReplicaLost as lost:
+                losses += 1
+                failed_steps += isinstance(lost, _StepFailed)
+                if failed_steps > MAX_FAILED_STEPS:  # else it could take down one replica after another
+                    raise errors.EngineError(
+                        f"request {request.request_id} was in {failed_steps} steps that failed: {lost}"
+                    ) from lost
+                if losses > self._max_resubmissions:
+                    raise errors.ReplicaUnavailable(
+                        f"no replica of {model!r} could finish the request after {losses} attempts; try again later"
+                    ) from lost
                 logger.warning(
                     "request %s lost its replica after %d tokens (%s); resubmitting",
                     request.request_id,
                     len(known),
                     lost,
                 )
+                deadline, retries = now() + self._resumption_timeout_s, losses - 1
+            except (errors.QueueFull, errors.ReplicaUnavailable):
+                # A client whose answer has begun cannot send the request again, so we do.
+                if not losses or now() >= deadline:
+                    raise
+                retries += 1
             finally:
                 await outputs.aclose()
-            await asyncio.sleep(self._resubmission_wait_s * 2**attempt)
-        raise errors.ReplicaUnavailable(
-            f"no replica of {model!r} could finish the request after {self._max_resubmissions + 1} attempts; "
-            "try again later"
-        )
+            await asyncio.sleep(min(self._retry_wait_s * 2**retries, MAX_RETRY_WAIT_SECONDS))
 
     async def stalled_models(self) -> list[str]:
         """Models of which no replica answers that it makes progress."""
         healthy = await asyncio.gather(*(self._makes_progress(handle) for handle in self._handles.values()))
         return [model for model, ok in zip(self._handles, healthy, strict=True) if not ok]
 
-    async def _attempt(
-        self, model: str, request: EngineRequest, *, resubmitted: bool
-    ) -> AsyncGenerator[TokenOutput, None]:
-        """Outputs of `request` from one replica.
+    async def _attempt(self, model: str, request: EngineRequest, deadline: float) -> AsyncGenerator[TokenOutput, None]:
+        """Outputs of `request` from one replica, which has to accept it before `deadline` (loop time).
 
         Raises:
             _ReplicaLost: the request has to go elsewhere.
+            ReplicaUnavailable: no replica has accepted it.
         """
         payload = self._encoder.encode(GenerateCall(request=request, reply_to=self._receiver.endpoint))
-        with self._receiver.open(request.request_id) as mailbox:
+        with self._receiver.open(request.request_id, len(request.generated)) as mailbox:
             # Serve keys a call by the HTTP request that it was made for, and loses track of a second one under the
             # same key. An empty context gives every choice its own.
             response = contextvars.Context().run(self._handles[model].generate.remote, payload)
             control = asyncio.create_task(self._control(response, mailbox))
             finished = False
             try:
-                timeout = self._resubmission_timeout_s if resubmitted else None
-                while not finished:
-                    try:
-                        output = await asyncio.wait_for(mailbox.get(), timeout)
-                    except TimeoutError:
-                        raise _ReplicaLost(f"no token within {timeout} s") from None
-                    timeout = None
-                    if output is None:
-                        raise _ReplicaLost("its last tokens never came")
-                    if output.finish_reason is FinishReason.ABORT:
-                        continue  # the control call says why
+                output = await self._accepted(mailbox, model, deadline)
+                while output is not None:
                     finished = output.finish_reason is not None
-                    yield output
+                    if output.tokens:
+                        yield output
+                    if finished:
+                        return
+                    output = await mailbox.get()
+                raise _ReplicaLost("its last tokens never came")
+            except TokensMissing as missing:
+                raise _ReplicaLost(str(missing)) from None
             finally:
                 if not finished:
                     response.cancel()
                 control.cancel()
                 await asyncio.gather(control, return_exceptions=True)
+
+    async def _accepted(self, mailbox: Mailbox, model: str, deadline: float) -> TokenOutput | None:
+        """The first output, which says that a replica has the request."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await mailbox.get()
+        except TimeoutError:
+            raise errors.ReplicaUnavailable(
+                f"no replica of {model!r} has accepted the request in time; try again later"
+            ) from None
 
     async def _control(self, response: Any, mailbox: Mailbox) -> None:
         """Wait for the end of the control call and close the mailbox with what it says."""
@@ -177,6 +213,8 @@ def _error_of(reply: GenerateReply) -> Exception:
     kind = getattr(errors, reply.error_kind or "", None)
     if kind is errors.QueueFull:
         return errors.QueueFull(message, retry_after=reply.retry_after)
+    if kind is errors.EngineError or kind is errors.StepFailed:
+        return _StepFailed(message)
     if isinstance(kind, type) and issubclass(kind, errors.EngineError | errors.ReplicaUnavailable):
         return _ReplicaLost(message)
     if isinstance(kind, type) and issubclass(kind, errors.RequestError):

@@ -25,17 +25,36 @@ _BURST = 256
 """Messages taken in a row before other tasks get their turn."""
 
 
+class TokensMissing(Exception):
+    """Tokens of a request were lost on their way."""
+
+
 class Mailbox:
     """Tokens of one request that its reader has not taken yet, and whether more can come."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_index: int = 0) -> None:
+        """Expect the request's generated tokens from number `first_index` on."""
+        self._next = first_index
         self._waiting: TokenOutput | None = None
         self._error: BaseException | None = None
         self._closed = False
         self._changed = asyncio.Event()
 
     def put(self, output: TokenOutput) -> None:
-        """Add an output, which belongs to the mailbox from now on; it becomes part of the one that waits."""
+        """Add an output, which belongs to the mailbox from now on; it becomes part of the one that waits.
+
+        Tokens that have come before are left out. If some are missing before it, the mailbox closes with
+        `TokensMissing`.
+        """
+        if output.index > self._next:
+            if self._error is None:
+                self.close(TokensMissing(f"token {output.index} came when token {self._next} was due"))
+            return
+        if seen := self._next - output.index:
+            drop_first(output, seen)
+            if not output.tokens and output.finish_reason is None:
+                return
+        self._next += len(output.tokens)
         if self._waiting is None:
             self._waiting = output
         else:
@@ -58,6 +77,14 @@ class Mailbox:
             await self._changed.wait()
         output, self._waiting = self._waiting, None
         return output
+
+
+def drop_first(output: TokenOutput, count: int) -> None:
+    """Take the first `count` tokens, or all if there are fewer, out of `output`."""
+    output.index += min(count, len(output.tokens))
+    del output.tokens[:count]
+    if output.logprobs is not None:
+        del output.logprobs[:count]
 
 
 def absorb(output: TokenOutput, later: TokenOutput) -> None:
@@ -100,9 +127,12 @@ class TokenReceiver:
         self._socket.close()
         self._context.close()
 
-    def open(self, request_id: str) -> MailboxLease:
-        """A mailbox for `request_id`, for the time of a `with` block. Outputs for ids without one are dropped."""
-        return MailboxLease(self._mailboxes, request_id)
+    def open(self, request_id: str, first_index: int = 0) -> MailboxLease:
+        """A mailbox for the tokens of `request_id` from number `first_index` on, for the time of a `with` block.
+
+        Outputs for ids without one are dropped.
+        """
+        return MailboxLease(self._mailboxes, request_id, first_index)
 
     def _drain(self) -> None:
         """Take in the messages that have arrived."""
@@ -131,13 +161,14 @@ class TokenReceiver:
 class MailboxLease:
     """Context manager that registers a mailbox and takes it away again."""
 
-    def __init__(self, mailboxes: dict[str, Mailbox], request_id: str) -> None:
+    def __init__(self, mailboxes: dict[str, Mailbox], request_id: str, first_index: int) -> None:
         self._mailboxes = mailboxes
         self._request_id = request_id
+        self._first_index = first_index
 
     def __enter__(self) -> Mailbox:
         assert self._request_id not in self._mailboxes, f"request id {self._request_id} is used twice"
-        mailbox = self._mailboxes[self._request_id] = Mailbox()
+        mailbox = self._mailboxes[self._request_id] = Mailbox(self._first_index)
         return mailbox
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from raytroupe.actors.executor import LocalExecutor
-from raytroupe.cluster.errors import ShardFailed
+from raytroupe.cluster.errors import ShardFailed, StepFailed
 from raytroupe.cluster.step import StepPlan, StepResult
 
 
@@ -63,7 +63,7 @@ async def test_a_failure_reaches_every_plan_behind_it_with_its_cause(executor_of
     for step in range(3):
         executor.submit(make_plan(step))
     assert (await executor.result()).step == 0
-    with pytest.raises(ShardFailed, match="step 1: ValueError: out of tune") as caught:
+    with pytest.raises(StepFailed, match="step 1: ValueError: out of tune") as caught:
         await executor.result()
     assert isinstance(caught.value.__cause__, ValueError)
     with pytest.raises(ShardFailed):

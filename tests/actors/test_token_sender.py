@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 import zmq
 
-from raytroupe.actors.token_sender import KEEP_SECONDS, TokenSender
-from raytroupe.cluster.messages import TokenBatch
+from raytroupe.actors.token_sender import CONNECT_SECONDS, KEEP_SECONDS, RECONNECT_SECONDS, TokenSender
+from raytroupe.cluster.messages import Endpoint, TokenBatch
 from raytroupe.cluster.request import FinishReason, TokenLogprobs, TokenOutput
 from raytroupe.cluster.secure_socket import SecureContext
 
@@ -112,3 +113,77 @@ def test_a_dead_ingress_does_not_stop_the_others(sender: TokenSender) -> None:
         for step in range(100):
             sender.publish([TokenOutput("a", [step]), TokenOutput("b", [step])])
         assert [receive(socket)[0].tokens for _ in range(100)] == [[step] for step in range(100)]
+
+
+def wait_for(sender: TokenSender, endpoint: Endpoint, *, connected: bool) -> None:
+    """Until the sender has noticed that the connection is there, or is not."""
+    outlet = sender._outlets[endpoint]
+    for _ in range(1000):
+        assert sender.drop_unreachable() == []
+        if (outlet.dead_at is None) is connected:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"not {'connected' if connected else 'disconnected'} within 10 s")
+
+
+def test_the_requests_of_an_ingress_that_is_gone_are_named_once(sender: TokenSender, clock: Clock) -> None:
+    with SecureContext() as context, SecureContext() as doomed:
+        alive, alive_endpoint = context.bind(zmq.PULL, "127.0.0.1")
+        _, gone_endpoint = doomed.bind(zmq.PULL, "127.0.0.1")
+        sender.register("a", gone_endpoint)
+        sender.register("b", alive_endpoint)
+        sender.register("c", gone_endpoint)
+        wait_for(sender, alive_endpoint, connected=True)
+        wait_for(sender, gone_endpoint, connected=True)
+        clock.now += 1000
+        assert sender.drop_unreachable() == []
+        doomed.close()
+        wait_for(sender, gone_endpoint, connected=False)
+        clock.now += RECONNECT_SECONDS - 0.01
+        assert sender.drop_unreachable() == []
+        clock.now += 0.02
+        assert sender.drop_unreachable() == ["a", "c"]
+        assert sender.drop_unreachable() == []
+        assert sender.num_connections == 1
+        sender.unregister("a")
+        sender.publish([TokenOutput("a", [1]), TokenOutput("b", [2])])
+        assert receive(alive) == [TokenOutput("b", [2])]
+
+
+def test_a_connection_that_comes_back_loses_no_request(
+    context: SecureContext, sender: TokenSender, clock: Clock
+) -> None:
+    public, secret = zmq.curve_keypair()
+
+    def listen(address: str) -> zmq.Socket:
+        socket = zmq.Context.instance().socket(zmq.PULL)
+        socket.curve_server, socket.curve_publickey, socket.curve_secretkey = True, public, secret
+        socket.bind(address)
+        return socket
+
+    first = listen("tcp://127.0.0.1:*")
+    address = first.last_endpoint.decode()
+    client_public, client_secret = zmq.curve_keypair()
+    endpoint = Endpoint(address, public.decode(), client_public.decode(), client_secret.decode())
+    sender.register("a", endpoint)
+    wait_for(sender, endpoint, connected=True)
+    first.close(linger=0)
+    wait_for(sender, endpoint, connected=False)
+    clock.now += RECONNECT_SECONDS - 0.01
+    second = listen(address)
+    wait_for(sender, endpoint, connected=True)
+    clock.now += 1000
+    assert sender.drop_unreachable() == []
+    sender.publish([TokenOutput("a", [1])])
+    assert receive(second) == [TokenOutput("a", [1])]
+    second.close(linger=0)
+
+
+def test_an_ingress_that_never_answers_is_given_up(sender: TokenSender, clock: Clock) -> None:
+    with SecureContext() as doomed:
+        _, endpoint = doomed.bind(zmq.PULL, "127.0.0.1")
+    sender.register("a", endpoint)
+    clock.now += CONNECT_SECONDS - 0.01
+    assert sender.drop_unreachable() == []
+    clock.now += 0.02
+    assert sender.drop_unreachable() == ["a"]

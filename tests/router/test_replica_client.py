@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import zmq
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raytroupe.cluster.errors import EngineError, InvalidRequest, QueueFull, ReplicaUnavailable
 from raytroupe.cluster.messages import GenerateCall, GenerateReply, TokenBatch
@@ -40,8 +41,9 @@ class Response:
 class Replica:
     """Stands for the deployment handle and what is behind it: real messages over a real socket, but no model.
 
-    `faults[i]` is what happens to call i: `(tokens sent before, exception to raise or reply to give)`. A fault waits
-    until the reader has seen those tokens, which otherwise might come too late to count.
+    `faults[i]` is what happens to call i: `(tokens sent before, exception to raise or reply to give)`; −1 tokens: the
+    call is not even accepted. A fault waits until the reader has seen those tokens, which otherwise might come too
+    late to count.
     """
 
     deployment_name = "demo"
@@ -73,9 +75,13 @@ class Replica:
     async def _serve(self, call: GenerateCall, index: int) -> bytes:
         sent, end = self.faults[index] if index < len(self.faults) else (LENGTH, GenerateReply())
         known = len(call.request.generated)
+        if sent >= 0:
+            self.send(call, TokenOutput(call.request.request_id, [], index=known))
         for position in range(known, min(known + sent, LENGTH)):
             last = position == LENGTH - 1
-            output = TokenOutput(call.request.request_id, [100 + position], FinishReason.LENGTH if last else None)
+            output = TokenOutput(
+                call.request.request_id, [100 + position], FinishReason.LENGTH if last else None, index=position
+            )
             self.send(call, output)
             await asyncio.sleep(0.001)
         while sent < LENGTH and len(self.seen) < known + sent:  # noqa: ASYNC110 - the reader is the code under test
@@ -102,7 +108,7 @@ def replica():
 @pytest.fixture
 async def client(replica):
     receiver = TokenReceiver("127.0.0.1")
-    yield ReplicaClient({"demo": replica}, receiver, max_resubmissions=3, resubmission_wait_s=0.001)
+    yield ReplicaClient({"demo": replica}, receiver, max_resubmissions=3, retry_wait_s=0.001)
     assert receiver._mailboxes == {}
     receiver.close()
 
@@ -126,7 +132,7 @@ LOST = [
     ActorUnavailableError("network", None),
     TaskCancelledError(),
     GenerateReply("rank 1 died", "ShardFailed"),
-    GenerateReply("the loop failed", "EngineError"),
+    GenerateReply("the ingress could not be reached", "ReplicaUnavailable"),
 ]
 
 
@@ -158,8 +164,8 @@ async def test_late_tokens_of_a_dead_replica_are_dropped(client, replica) -> Non
         await asyncio.sleep(0.005)
     dead, alive = replica.calls
     assert alive.request.generated == ANSWER[:3]
-    replica.send(dead, TokenOutput(dead.request.request_id, [666], FinishReason.STOP))
-    replica.send(alive, TokenOutput(alive.request.request_id, [103]))
+    replica.send(dead, TokenOutput(dead.request.request_id, [666], FinishReason.STOP, index=3))
+    replica.send(alive, TokenOutput(alive.request.request_id, [103], index=3))
     assert (await reading).tokens == [103]
     await outputs.aclose()
 
@@ -171,12 +177,73 @@ async def test_after_too_many_deaths_the_client_is_told(client, replica) -> None
     assert len(replica.calls) == 4
 
 
-async def test_a_resubmitted_request_does_not_wait_forever(client, replica) -> None:
-    client._resubmission_timeout_s = 0.05
-    replica.faults = [(0, ActorDiedError()), (0, None), (0, None), (0, None)]
-    with pytest.raises(ReplicaUnavailable):
+@pytest.mark.parametrize("kind", ["StepFailed", "EngineError"])
+async def test_a_request_in_steps_that_raise_is_resubmitted_once_only(client, replica, kind) -> None:
+    replica.faults = [(1, GenerateReply("IndexError in step 3", kind))] * 4
+    with pytest.raises(EngineError, match="in 2 steps that failed: IndexError in step 3"):
         await collect(client, replica)
-    assert replica.cancelled >= 3
+    assert len(replica.calls) == 2
+
+
+async def test_a_victim_of_another_requests_failed_step_goes_on_elsewhere(client, replica) -> None:
+    replica.faults = [(1, GenerateReply("a step raised", "StepFailed")), (1, ActorDiedError())]
+    assert await collect(client, replica) == ANSWER
+    assert len(replica.calls) == 3
+
+
+REFUSALS = [
+    (-1, GenerateReply("full", "QueueFull")),
+    (-1, BackPressureError(1, 1)),
+    (-1, DeploymentUnavailableError(DeploymentID("demo"))),
+]
+
+
+async def test_a_resubmitted_request_asks_again_when_it_is_refused(client, replica) -> None:
+    replica.faults = [(3, ActorDiedError()), *REFUSALS * 2]
+    assert await collect(client, replica) == ANSWER
+    assert [len(call.request.generated) for call in replica.calls] == [0] + [3] * 7
+
+
+async def test_a_resubmitted_request_does_not_ask_forever(client, replica) -> None:
+    client._resumption_timeout_s = 0.05
+    replica.faults = [(3, ActorDiedError()), *REFUSALS * 1000]
+    with pytest.raises((QueueFull, ReplicaUnavailable)):
+        await collect(client, replica)
+
+
+@pytest.mark.parametrize("losses", [0, 1])
+async def test_a_request_that_no_replica_accepts_is_refused(client, replica, losses) -> None:
+    client._acceptance_timeout_s, client._resumption_timeout_s = 10 * losses + 0.05, 0.05
+    replica.faults = [(0, ActorDiedError())] * losses + [(-1, None)] * 2
+    with pytest.raises(ReplicaUnavailable, match="has accepted the request in time"):
+        await collect(client, replica)
+    assert replica.cancelled >= 1
+
+
+@pytest.mark.parametrize("losses", [0, 1])
+async def test_an_accepted_request_may_wait_for_its_first_token(client, replica, losses) -> None:
+    client._acceptance_timeout_s = client._resumption_timeout_s = 0.2
+    replica.faults = [(0, ActorDiedError())] * losses + [(0, None)]
+    reading = asyncio.create_task(collect(client, replica))
+    await asyncio.sleep(0.6)
+    assert not reading.done()
+    call = replica.calls[-1]
+    replica.send(call, TokenOutput(call.request.request_id, ANSWER, FinishReason.LENGTH))
+    assert await reading == ANSWER
+    assert len(replica.calls) == losses + 1
+
+
+async def test_tokens_lost_on_the_way_are_computed_again(client, replica) -> None:
+    replica.faults = [(2, None)]
+    reading = asyncio.create_task(collect(client, replica))
+    while len(replica.seen) < 2:  # noqa: ASYNC110 - the reader is the code under test
+        await asyncio.sleep(0.001)
+    call = replica.calls[0]
+    replica.send(call, TokenOutput(call.request.request_id, [101], index=1))  # twice
+    replica.send(call, TokenOutput(call.request.request_id, [104], index=4))  # two are missing
+    assert await reading == ANSWER
+    assert [call.request.generated for call in replica.calls] == [[], ANSWER[:2]]
+    assert replica.cancelled == 1
 
 
 async def test_a_reply_without_its_last_tokens_is_a_loss_too(client, replica) -> None:

@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 from raytroupe.cluster.messages import Endpoint, TokenBatch
 from raytroupe.cluster.request import FinishReason, TokenLogprobs, TokenOutput
 from raytroupe.cluster.secure_socket import SecureContext
-from raytroupe.router.token_receiver import Mailbox, TokenReceiver, absorb
+from raytroupe.router.token_receiver import Mailbox, TokenReceiver, TokensMissing, absorb
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ async def test_outputs_reach_their_requests_in_order(receiver, context) -> None:
     with receiver.open("a") as a, receiver.open("b") as b:
         sender.send(batch(TokenOutput("a", [1], cached_tokens=5), TokenOutput("b", [7]), TokenOutput("unknown", [9])))
         sender.send(b"not a batch")
-        sender.send(batch(TokenOutput("b", [8], FinishReason.STOP, 8), TokenOutput("a", [2, 3], FinishReason.LENGTH)))
+        sender.send(batch(TokenOutput("b", [8], FinishReason.STOP, 8, index=1)))
+        sender.send(batch(TokenOutput("a", [2, 3], FinishReason.LENGTH, index=1)))
         assert await drain(a) == TokenOutput("a", [1, 2, 3], FinishReason.LENGTH, None, None, 5)
         assert await drain(b) == TokenOutput("b", [7, 8], FinishReason.STOP, 8)
 
@@ -57,7 +58,7 @@ async def test_a_reader_that_sleeps_gets_all_in_one(receiver, context) -> None:
     sender = context.connect(zmq.PUSH, receiver.endpoint)
     with receiver.open("slow") as slow, receiver.open("last") as last:
         for step in range(1000):
-            sender.send(batch(TokenOutput("slow", [step], logprobs=[TokenLogprobs(-float(step), [])])))
+            sender.send(batch(TokenOutput("slow", [step], logprobs=[TokenLogprobs(-float(step), [])], index=step)))
         sender.send(batch(TokenOutput("last", [])))
         await last.get()
         output = await slow.get()
@@ -101,7 +102,7 @@ async def test_messages_that_came_before_reading_began_are_not_lost(context) -> 
     with receiver.open("a") as mailbox:
         sender = context.connect(zmq.PUSH, receiver.endpoint)
         for token in range(600):  # more than are taken in one go
-            sender.send(batch(TokenOutput("a", [token])))
+            sender.send(batch(TokenOutput("a", [token], index=token)))
         receiver.start()
         tokens: list[int] = []
         while len(tokens) < 600:
@@ -121,6 +122,33 @@ async def test_a_closed_mailbox_gives_what_it_has_then_says_why_there_is_no_more
         await mailbox.get()
 
 
+def output(first: int, last: int) -> TokenOutput:
+    """Tokens number `first` to `last`; a token is its own number."""
+    numbers = range(first, last + 1)
+    return TokenOutput("a", list(numbers), logprobs=[TokenLogprobs(-float(n), []) for n in numbers], index=first)
+
+
+@pytest.mark.parametrize("look", [False, True])
+async def test_tokens_that_come_twice_are_left_out(look) -> None:
+    mailbox, tokens, chances = Mailbox(first_index=3), [], []
+    for arrived in (output(3, 4), output(3, 4), output(1, 2), output(4, 6), output(7, 7)):
+        mailbox.put(arrived)
+        if (look and arrived.tokens) or arrived.index == 7:
+            taken = await mailbox.get()
+            tokens += taken.tokens
+            chances += [-chance.chosen for chance in taken.logprobs]
+    assert tokens == chances == [3, 4, 5, 6, 7]
+
+
+async def test_after_a_gap_the_reader_gets_what_came_before_it_and_then_an_error() -> None:
+    mailbox = Mailbox(first_index=3)
+    for arrived in (output(3, 4), output(6, 6), output(7, 7)):
+        mailbox.put(arrived)
+    assert (await mailbox.get()).tokens == [3, 4]
+    with pytest.raises(TokensMissing, match="token 6 came when token 5 was due"):
+        await mailbox.get()
+
+
 async def test_closing_wakes_a_waiting_reader() -> None:
     mailbox = Mailbox()
     waiting = asyncio.create_task(mailbox.get())
@@ -135,11 +163,13 @@ steps = st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=3), st.booleans(
 
 @given(steps, st.booleans())
 async def test_nothing_is_lost_however_often_the_reader_looks(steps, logprobs) -> None:
-    mailbox, seen = Mailbox(), []
+    mailbox, seen, sent = Mailbox(), [], 0
     for index, (tokens, look) in enumerate(steps):
         last = index == len(steps) - 1
         chances = [TokenLogprobs(-float(token), []) for token in tokens] if logprobs else None
-        mailbox.put(TokenOutput("a", list(tokens), FinishReason.STOP if last else None, 9 if last else None, chances))
+        reason, stop_token = (FinishReason.STOP, 9) if last else (None, None)
+        mailbox.put(TokenOutput("a", list(tokens), reason, stop_token, chances, index=sent))
+        sent += len(tokens)
         if look or last:
             seen.append(await mailbox.get())
     expected = [token for tokens, _ in steps for token in tokens]
