@@ -29,6 +29,8 @@ APPLICATION = "troupe"
 
 _UNLIMITED = 1_000_000
 """Concurrent calls. The scheduler itself bounds its queue (`max_num_waiting`) and answers with QueueFull."""
+_MIN_QUEUED_REQUESTS = 1024
+"""Calls that an ingress holds while no replica is there to accept them, at least; those beyond get QueueFull."""
 _HEALTH_PERIOD_SECONDS = 2.0
 _DRAIN_SECONDS = 5.0
 
@@ -48,6 +50,7 @@ def build_application(config: ServeConfig, models: Sequence[ServedModel], listen
 
 
 def _scheduler_deployment(model: ServedModel, listener: Endpoint | None) -> Application:
+    waiting = model.settings.max_num_waiting * model.config.replicas
     deployment = serve.deployment(
         name=deployment_name(model.card.name),
         num_replicas=model.config.replicas,
@@ -55,6 +58,7 @@ def _scheduler_deployment(model: ServedModel, listener: Endpoint | None) -> Appl
         placement_group_bundles=replica_bundles(model.config, model.device),
         placement_group_strategy="PACK",
         max_ongoing_requests=_UNLIMITED,
+        max_queued_requests=max(waiting, _MIN_QUEUED_REQUESTS),
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
         request_router_config=RequestRouterConfig(request_router_class=FewestOutstandingTokens),  # type: ignore[arg-type]
