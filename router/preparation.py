@@ -25,7 +25,8 @@ from .validation import check_tokens, choice_seeds, sampling_params
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for completions; chat may use the rest of the context."""
 
-_INLINE_TEMPLATE_CHARACTERS = 16_384
+_INLINE_TEMPLATE_BYTES = 16_384
+"""Conversations that are larger as JSON are rendered in a thread, so that other requests go on meanwhile."""
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
@@ -137,7 +138,7 @@ async def _render(request: ChatCompletionRequest, model: ServedModel) -> str:
             variables=variables,
         )
 
-    if sum(len(message.get("content", "")) for message in messages) <= _INLINE_TEMPLATE_CHARACTERS:
+    if len(msgspec.json.encode((messages, variables))) <= _INLINE_TEMPLATE_BYTES:
         return render()
     return await asyncio.to_thread(render)
 

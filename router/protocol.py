@@ -17,6 +17,10 @@ MAX_STOP_LENGTH = 1000
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 4096
 MAX_PROMPTS = 1024
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+MAX_TOOL_CALLS = 128
+MAX_PRIORITY = 10
 
 IGNORED = frozenset(
     {
@@ -130,13 +134,14 @@ class ChatMessage(_Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: (
         Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
+            Annotated[str, Tag("<text>")]
+            | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
             Discriminator(_content_form),
         ]
         | None
     ) = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -166,9 +171,7 @@ class GenerationRequest(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_as_list)] | None = (
-        None
-    )
+    stop: StopTexts | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -177,14 +180,15 @@ class GenerationRequest(_Strict):
     """Encode the prompt with the tokens that the model expects around a text; default: only for completions, because
     chat templates write them."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    """Lower is more urgent."""
     return_token_ids: bool | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

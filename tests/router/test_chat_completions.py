@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -200,6 +201,27 @@ async def test_sampling_parameters_reach_the_engine(client, engine) -> None:
     request = engine.requests[1]
     assert request.sampling.stop_token_ids == ()
     assert (request.priority, request.cache_salt) == (-3, "tenant")
+
+
+@pytest.mark.parametrize(
+    ("messages", "threads"),
+    [
+        (QUESTION, 0),
+        (QUESTION * 1000, 1),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x" * 20_000}}]}], 1),
+    ],
+)
+async def test_large_conversations_are_rendered_beside_the_event_loop(client, monkeypatch, messages, threads) -> None:
+    calls = []
+    run = asyncio.to_thread
+
+    async def counted(function, *args, **kwargs):
+        calls.append(function.__name__)
+        return await run(function, *args, **kwargs)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    await client.post("chat/completions", json={"model": "demo", "messages": messages})
+    assert calls.count("render") == threads
 
 
 async def test_defaults_come_from_the_model_and_the_context(client, engine, card) -> None:
