@@ -73,11 +73,14 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run a prompt and a decode step, so that the first request finds every code path loaded.
 
-        All shards of a replica must do so together. It writes the null block only and leaves no other trace.
+        All shards of a replica must do so together. It writes the null block only and leaves no other trace. The decode
+        step samples the token after the prompt's first, which has room in the shortest `max_model_len`, 2.
         """
         sampling = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=1, max_tokens=2)
-        self.run(StepPlan(-2, [NewSequence(0, [0, 0], 2, sampling)], [0], [0], [2], [True], 0, [(0, [NULL_BLOCK])], []))
-        self.run(StepPlan(-1, [], [0], [2], [1], [True], 1, [], []))
+        self.run(
+            StepPlan(-2, [NewSequence(0, [0, 0], 1, sampling)], [0], [0], [2], [False], 0, [(0, [NULL_BLOCK])], [])
+        )
+        self.run(StepPlan(-1, [], [0], [0], [1], [True], 1, [], []))
         self._table.clear()
 
     def _forward(self, step: PreparedStep) -> Tensor:

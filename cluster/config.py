@@ -10,7 +10,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError
 
@@ -32,6 +41,14 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("this field is not a switch; true and false mean nothing here")
+        return value
 
 
 class ModelConfig(_Strict):
@@ -98,6 +115,15 @@ class ServeConfig(_Strict):
     ingress_replicas: int = Field(1, ge=1, le=256)
     max_body_bytes: Bytes = 8 * 2**20
     """Larger request bodies are refused with 413."""
+
+    @model_validator(mode="after")
+    def _distinct_ports(self) -> ServeConfig:
+        if self.port == self.dashboard_port:
+            raise ValueError(
+                f"port and dashboard_port are both {self.port}; the API and Ray's dashboard need one each, so choose "
+                "another --port or --dashboard-port"
+            )
+        return self
 
     @model_validator(mode="after")
     def _unique_names(self) -> ServeConfig:

@@ -33,7 +33,7 @@ def shard(folder):
     return make_shard(folder)
 
 
-def make_shard(folder) -> Shard:
+def make_shard(folder, max_model_len: int = 160) -> Shard:
     shard = Shard(
         ShardConfig(
             folder=folder,
@@ -41,7 +41,7 @@ def make_shard(folder) -> Shard:
             device="cpu",
             block_size=BLOCK_SIZE,
             max_num_seqs=SLOTS,
-            max_model_len=160,
+            max_model_len=max_model_len,
             max_num_batched_tokens=512,
         )
     )
@@ -53,6 +53,17 @@ def make_shard(folder) -> Shard:
 
 def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(3, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_the_shortest_context_holds_one_prompt_token_and_one_answer(folder, shard):
+    tokens = []
+    for one in (make_shard(folder, max_model_len=2), shard):
+        driver = Driver(one)
+        driver.add(0, [5], SamplingParams(temperature=0.0))
+        driver.step({0: 1})
+        tokens.append(driver.tokens[0])
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 1
 
 
 class Driver:
