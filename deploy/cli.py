@@ -14,7 +14,7 @@ from .. import __version__
 from ..cluster.config import ServeConfig, load_config
 from ..cluster.errors import CheckpointError, ConfigError, EngineError, TroupeError
 from .eval import eval_command
-from .local_machine import local_capacity, port_is_free
+from .local_machine import check_ports, local_capacity
 from .model_folder import DEMO_MODELS
 from .quiet_output import quiet_output
 from .supervisor import supervise
@@ -100,9 +100,8 @@ def serve(
         "ingress_replicas": ingress_replicas,
     }
     try:
-        checked = load_config(merge_configuration(config, models or [], _given(of_models), _given(of_application)))
-        if not port_is_free(checked.host, checked.port):
-            raise ConfigError(f"port {checked.port} of {checked.host} is in use; choose another with --port")
+        given = merge_configuration(config, models or [], _given(of_models), _given(of_application))
+        checked = check_ports(load_config(given))
     except ConfigError as error:
         raise typer.Exit(_report(error)) from None
     raise typer.Exit(supervise(lambda: _serve(checked)))

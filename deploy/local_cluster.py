@@ -14,11 +14,12 @@ import psutil
 
 from ..actors.placement import Capacity
 from ..cluster.errors import EngineError
-from .local_machine import free_ports
+from .local_machine import DASHBOARD_HOST, free_ports
 from .supervisor import end_processes
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Nothing large goes through Ray's object store; its default would reserve 30 % of the memory."""
+_LONGEST_STREAM_SECONDS = 3600
 
 
 class LocalCluster:
@@ -52,7 +53,7 @@ class LocalCluster:
             num_gpus=int(self._capacity.gpus),
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=True,
-            dashboard_host="127.0.0.1",
+            dashboard_host=DASHBOARD_HOST,
             dashboard_port=self._dashboard_port,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -99,6 +100,9 @@ class LocalCluster:
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            # A proxy whose configuration has changed is replaced, and ends when its last stream has, but no later than
+            # this; the default would cut off generations longer than two minutes.
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_SECONDS),
             "RAY_SERVE_HAPROXY_METRICS_PORT": metrics_port,
             "RAY_SERVE_HAPROXY_STATS_PORT": stats_port,
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback_http,
@@ -108,6 +112,8 @@ class LocalCluster:
             "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
             "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
             "RAY_SERVE_LOG_TO_STDERR": "0",
+            # What guards our own sockets travels through Ray, so Ray must not be open to everybody.
+            "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
 
 from ..actors.placement import Capacity
+from ..cluster.config import ServeConfig
+from ..cluster.errors import ConfigError
+
+DASHBOARD_HOST = "127.0.0.1"
+"""Ray's dashboard runs code for whoever has its token, so it is for this machine only."""
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -29,16 +35,45 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def check_ports(config: ServeConfig) -> ServeConfig:
+    """The configuration with ports that the API and the dashboard can listen on. A dashboard port that the user did
+    not choose gives way to another one.
+
+    Raises:
+        ConfigError: one cannot be listened on; says why, and which option to change.
+    """
+    try:
+        _try_to_listen(config.host, config.port)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"host {config.host!r} cannot be resolved ({error.strerror}); give an address of this machine with --host"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"host {config.host!r} is no address of this machine; choose one with --host") from None
+        raise ConfigError(f"{_refusal(config.host, config.port, error)}; choose another with --port") from None
+    try:
+        _try_to_listen(DASHBOARD_HOST, config.dashboard_port)
+    except OSError as error:
+        if "dashboard_port" not in config.model_fields_set:
+            another = next(port for port in free_ports(2) if port != config.port)
+            return config.model_copy(update={"dashboard_port": another})
+        refusal = _refusal(DASHBOARD_HOST, config.dashboard_port, error)
+        raise ConfigError(f"{refusal}; choose another for Ray's dashboard with --dashboard-port") from None
+    return config
+
+
+def _try_to_listen(host: str, port: int) -> None:
+    """Raise OSError unless a server could listen there."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        probe.bind(address)
+
+
+def _refusal(host: str, port: int, error: OSError) -> str:
+    reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
+    return f"port {port} of {host} {reason}"
 
 
 def _cpus() -> int:

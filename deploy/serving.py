@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from ..actors.placement import Capacity
 from ..cluster.config import ServeConfig
-from ..cluster.errors import EngineError
+from ..cluster.errors import EngineError, TroupeError
 from ..cluster.kv_memory import format_bytes
 from ..cluster.messages import LoadProgress, Notice, Report, StartFailed
 from ..cluster.secure_socket import SecureContext
@@ -49,15 +49,13 @@ class Serving:
         """
         self._console = console
         began = time.monotonic()
-        with self._console.status("starting Ray"):
-            try:
-                self.cluster.start()
-            except Exception as error:
-                raise EngineError(f"Ray does not start: {_cause(str(error))}") from error
+        with self._console.status("starting Ray"), failing_as("Ray does not start"):
+            self.cluster.start()
         self._say(f"Ray is up ({time.monotonic() - began:.1f} s)")
-        with self._console.status("starting Ray Serve"):
-            self._deploy()
-        self._await_running()
+        with failing_as("Ray Serve does not start"):
+            with self._console.status("starting Ray Serve"):
+                self._deploy()
+            self._await_running()
         self._await_health()
         self._say(f"serving after {time.monotonic() - began:.1f} s")
         for line in self._welcome():
@@ -200,6 +198,17 @@ class Serving:
             f"Try        curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
             "Ctrl-C ends it.",
         ]
+
+
+@contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Make an error of a library's one of ours, with the line that names the cause."""
+    try:
+        yield
+    except TroupeError:
+        raise
+    except Exception as error:
+        raise EngineError(f"{what}: {_cause(str(error) or type(error).__name__)}") from error
 
 
 def reachable(host: str) -> str:

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from raytroupe.cluster.config import ServeConfig, load_config
+from raytroupe.cluster.errors import ConfigError
 from raytroupe.deploy import local_machine
+
+
+def configured(**application: object) -> ServeConfig:
+    return load_config({"models": [{"model": "a"}], **application})
 
 
 @pytest.mark.parametrize(
@@ -39,10 +45,41 @@ def test_gpus_are_those_that_may_be_seen(
 
 
 def test_a_port_that_someone_listens_on_is_not_free() -> None:
+    port, dashboard_port = local_machine.free_ports(2)
+    config = configured(port=port, dashboard_port=dashboard_port)
+    assert local_machine.check_ports(config) == config
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError) as refused:
+        local_machine.check_ports(config)
+    assert str(refused.value) == f"port {port} of 127.0.0.1 is in use; choose another with --port"
+    with socket.create_server(("127.0.0.1", dashboard_port)), pytest.raises(ConfigError) as refused:
+        local_machine.check_ports(config)
+    assert str(refused.value) == (
+        f"port {dashboard_port} of 127.0.0.1 is in use; choose another for Ray's dashboard with --dashboard-port"
+    )
+
+
+def test_a_dashboard_port_that_nobody_chose_gives_way() -> None:
+    port, dashboard_port = local_machine.free_ports(2)
+    unchosen = configured(port=port).model_copy(update={"dashboard_port": dashboard_port})
+    unchosen.model_fields_set.discard("dashboard_port")
+    assert local_machine.check_ports(unchosen).dashboard_port == dashboard_port
+    with socket.create_server(("127.0.0.1", dashboard_port)):
+        assert local_machine.check_ports(unchosen).dashboard_port not in (port, dashboard_port)
+
+
+@pytest.mark.parametrize(
+    ("host", "named"),
+    [
+        ("no-such-host.invalid", "host 'no-such-host.invalid' cannot be resolved"),
+        ("192.0.2.1", "host '192.0.2.1' is no address of this machine"),
+    ],
+)
+def test_a_host_that_is_none_of_this_machine_is_not_a_port_in_use(host: str, named: str) -> None:
     (port,) = local_machine.free_ports(1)
-    assert local_machine.port_is_free("127.0.0.1", port)
-    with socket.create_server(("127.0.0.1", port)):
-        assert not local_machine.port_is_free("127.0.0.1", port)
+    with pytest.raises(ConfigError) as refused:
+        local_machine.check_ports(configured(host=host, port=port))
+    assert str(refused.value).startswith(named)
+    assert "--host" in str(refused.value)
 
 
 def test_free_ports_are_distinct() -> None:
