@@ -1,4 +1,4 @@
-"""What happens when someone leaves: a client, a shard."""
+"""What happens when someone leaves: a client, a shard, an ingress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from .conftest import eventually
@@ -70,6 +71,29 @@ def test_killed_process_interrupts_no_stream(application: Application, victim_pr
     if victim_process == "shard":
         assert len(warnings) == 1, "one line for the user, no more"
         assert warnings[0].startswith(f"{model}: the process of shard 0")
+
+
+def test_requests_of_a_killed_ingress_are_aborted(application: Application) -> None:
+    model = "large-tp2-pp2"
+    stream = application.openai.completions.create(model=model, stream=True, **LONG)
+    next(iter(stream))
+    (stats,) = application.engine_stats(model)
+    assert stats["running"] == 1
+    before = stats["generated_tokens"]
+    (ingress,) = [actor for actor in application.alive_actors() if "Ingress" in (actor.name or "")]
+    os.kill(ingress.pid, signal.SIGKILL)
+    application.assert_idle(model)
+    (stats,) = application.engine_stats(model)
+    assert stats["generated_tokens"] - before < 1400, "it was stopped, it did not just end"
+
+    def healthy() -> bool:
+        try:
+            return application.http.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    eventually(healthy, 60, lambda: "no new ingress")
+    assert application.openai.completions.create(model=model, **{**LONG, "max_tokens": 3}).usage.completion_tokens == 3
 
 
 def shard_warnings(application: Application) -> list[str]:
