@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..cluster.checkpoint_files import read_index, weight_files
 from ..cluster.errors import CheckpointError
 from .weight_names import TensorSlice
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 REOPEN_AFTER_BYTES = 128 * 2**20
 """Files are mapped, and pages once read count as memory of the process until the file is closed."""
 READ_BYTES = 64 * 2**20
@@ -90,26 +88,11 @@ class Checkpoint:
         return source
 
     def _find_tensors(self) -> dict[str, Path]:
-        folder = self._folder
-        if (folder / INDEX_FILE).is_file():
-            return self._read_index(folder / INDEX_FILE)
-        files = [folder / SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickled = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f" ({pickled[0]} is a pickle, which is never loaded: convert it to safetensors)" if pickled else ""
-            raise CheckpointError(f"{folder} holds no safetensors files{hint}")
+        index = read_index(self._folder)
+        if index is not None:
+            return index
+        files = weight_files(self._folder)
         return {name: path for path in files for name in _open_file(path).keys()}  # noqa: SIM118 (not a dict)
-
-    def _read_index(self, path: Path) -> dict[str, Path]:
-        try:
-            weight_map = json.loads(path.read_bytes())["weight_map"]
-            file_of = {str(name): self._folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a safetensors index: {error!r}") from None
-        for file in sorted(set(file_of.values())):
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing, though {path.name} names it")
-        return file_of
 
 
 def _open_file(path: Path) -> Any:

@@ -50,13 +50,13 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     return value
 
 
-def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A number; `default` where the config has none."""
+def number(config: Mapping[str, Any], key: str, default: float | None = None, *, file: str = "config.json") -> float:
+    """A number; `default` where the config, read from `file`, has none."""
     value = config.get(key)
     if value is None and default is not None:
         return default
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} = {value!r}; a number is needed")
+        raise CheckpointError(f"{file}: {key} = {value!r}; a number is needed")
     return float(value)
 
 
@@ -65,10 +65,10 @@ def optional_number(config: Mapping[str, Any], key: str) -> float | None:
     return None if config.get(key) is None else number(config, key)
 
 
-def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """Token ids written as one integer, a list or null."""
+def token_ids(config: Mapping[str, Any], key: str, *, file: str = "config.json") -> tuple[int, ...]:
+    """Token ids written as one integer, a list or null, in a config read from `file`."""
     value = config.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) for item in ids):
-        raise CheckpointError(f"config.json: {key} = {value!r}; token ids are integers")
+        raise CheckpointError(f"{file}: {key} = {value!r}; token ids are integers")
     return tuple(ids)

@@ -113,13 +113,18 @@ def load_spec(folder: Path) -> ModelSpec:
 def load_generation_defaults(folder: Path) -> dict[str, Any]:
     """Sampling defaults of `generation_config.json`; empty without that file.
 
-    Keys, each only if set: `eos_token_id` (a tuple of ints), `temperature`, `top_p`, `top_k`, `repetition_penalty`.
+    Keys, each only if set: `eos_token_id` (a tuple of ints), `temperature`, `top_p`, `top_k`, `repetition_penalty`
+    (floats).
+
+    Raises:
+        CheckpointError: a value is of another type.
     """
-    config = read_json(folder, "generation_config.json", required=False)
+    name = "generation_config.json"
+    config, file = read_json(folder, name, required=False), str(folder / name)
     keys = ("temperature", "top_p", "top_k", "repetition_penalty")
-    defaults = {key: config[key] for key in keys if config.get(key) is not None}
+    defaults: dict[str, Any] = {key: number(config, key, file=file) for key in keys if config.get(key) is not None}
     if config.get("eos_token_id") is not None:
-        defaults["eos_token_id"] = token_ids(config, "eos_token_id")
+        defaults["eos_token_id"] = token_ids(config, "eos_token_id", file=file)
     return defaults
 
 

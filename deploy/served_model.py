@@ -75,7 +75,7 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
             max_model_len=settings.max_model_len,
             vocab_size=spec.vocab_size,
             eos_token_ids=spec.eos_token_ids,
-            default_sampling={key: float(value) for key, value in defaults.items() if key != "eos_token_id"},
+            default_sampling={key: value for key, value in defaults.items() if key != "eos_token_id"},
             created=int(time.time()),
         )
         _check_kv_memory(settings, spec, _dtype_bytes(model, spec))

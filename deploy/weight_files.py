@@ -13,9 +13,9 @@ import json
 import struct
 from pathlib import Path
 
+from ..cluster.checkpoint_files import weight_files
 from ..cluster.errors import CheckpointError
 
-INDEX_FILE = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000
 """Bytes; the format's own limit."""
 
@@ -25,24 +25,8 @@ def check_weight_files(folder: Path) -> None:
     Raises:
         CheckpointError: names the file that is missing, truncated or no safetensors file.
     """
-    index = folder / INDEX_FILE
-    files = _indexed_files(index) if index.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no safetensors files")
-    for file in files:
+    for file in weight_files(folder):
         _check_complete(file)
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        files = [index.parent / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from None
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, though {index.name} names it")
-    return files
 
 
 def _check_complete(file: Path) -> None:

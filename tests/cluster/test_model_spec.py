@@ -174,6 +174,11 @@ def test_generation_defaults_and_end_tokens(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert load_generation_defaults(tmp_path) == {"eos_token_id": (5, 6), "temperature": 0.6}
     assert load_spec(tmp_path).eos_token_ids == (5, 6)
+    for wrong in ({"top_p": "0.9"}, {"temperature": True}, {"eos_token_id": "</s>"}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(wrong))
+        ((key, value),) = wrong.items()
+        with pytest.raises(CheckpointError, match=rf"/generation_config\.json: {key} = {value!r}; "):
+            load_spec(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
         load_spec(tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from raytroupe.cluster.checkpoint_files import weight_files
 from raytroupe.cluster.errors import CheckpointError
 from raytroupe.deploy.weight_files import check_weight_files
 
@@ -38,6 +39,16 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:kept])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
+        check_weight_files(tmp_path)
+
+
+def test_files_that_are_no_part_of_the_model_are_not_looked_at(tmp_path: Path) -> None:
+    save_file({"w": np.zeros((3, 5), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"cut off")
+    check_weight_files(tmp_path)
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"consolidated\.safetensors is not a complete safetensors file"):
         check_weight_files(tmp_path)
 
 
