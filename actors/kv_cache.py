@@ -36,8 +36,3 @@ class KVCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of this stage's `index`-th layer, each [kv_heads, num_blocks, block_size, head_dim]."""
         return self._layers[index]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all layers."""
-        return sum(2 * keys.numel() * keys.element_size() for keys, _ in self._layers)

@@ -36,10 +36,6 @@ class TensorSlice:
             return None
         return self.shape[1] if self.columns is None else self.columns.stop - self.columns.start
 
-    @property
-    def num_elements(self) -> int:
-        return self.num_rows * (self.num_columns or 1)
-
 
 class WeightNames:
     """The slices of one shard. Every method returns a list for one weight; an empty one where the model has none."""

@@ -99,11 +99,6 @@ class BlockPool:
                 if self._hash_of[block] is None:
                     self._unheld.move_to_end(block, last=False)
 
-    def drop_cache(self) -> None:
-        """Forget all cached prefixes, also those of held blocks."""
-        self._block_of.clear()
-        self._hash_of = [None] * self.num_blocks
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless counts, queue and hash index agree."""
         assert self._references[NULL_BLOCK] == 0, "the null block is held"

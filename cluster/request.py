@@ -40,17 +40,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         """True if no random number is needed."""
         return self.temperature == 0.0
 
-    @property
-    def plain(self) -> bool:
-        """True if the raw logits decide: no penalty, bias or masked stop token."""
-        return (
-            self.repetition_penalty == 1.0
-            and self.presence_penalty == 0.0
-            and self.frequency_penalty == 0.0
-            and not self.logit_bias
-            and self.min_tokens == 0
-        )
-
 
 class EngineRequest(msgspec.Struct, kw_only=True):
     """A tokenised request, ready to be scheduled.

@@ -9,7 +9,7 @@ Rows with one token come first; the first `decode_rows` rows have exactly one to
 
     slots   [ 3, 0, 7,  2 ]
     starts  [41, 9, 12, 0 ]
-    counts  [ 1, 1, 1, 64 ]      decode_rows = 3, num_tokens = 67
+    counts  [ 1, 1, 1, 64 ]      decode_rows = 3, 67 tokens in all
     samples [ T, T, T,  F ]      row 3 is a chunk of a longer prompt
 """
 
@@ -45,11 +45,6 @@ class StepPlan(msgspec.Struct, array_like=True):
     """(slot, block ids to append to the slot's block table). For a new sequence this is its whole table."""
     new_tokens: list[tuple[int, int, list[int]]]
     """(slot, position of the first, tokens) that not every shard has sampled itself; used with pipeline stages."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed in this step."""
-        return sum(self.counts)
 
 
 class StepResult(msgspec.Struct, array_like=True):
