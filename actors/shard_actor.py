@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOOPBACK = "127.0.0.1"
+SPIN_COUNT = 100_000
+"""Turns of libgomp's waiting loop before a thread sleeps, where others want its core: tenths of a millisecond."""
+SMALL_NODE_CORES = 4
+"""On a node with so few, the scheduler, the ingress and the proxy compete with the shards as well."""
 
 
 class ShardPlace(msgspec.Struct, frozen=True):
@@ -55,8 +59,7 @@ class ShardActor:
     """One shard of one replica, in its own process."""
 
     def __init__(self, settings: ReplicaSettings, layout: ShardLayout, replica: str) -> None:
-        # Ray sets it to 1 for an actor that asks for less than a CPU; OpenMP reads it when torch is imported.
-        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+        os.environ.update(_omp_environment(settings.num_threads, settings.shards_per_node))
         self._settings = settings
         self._layout = layout
         self._thread = ThreadPoolExecutor(1, "shard")
@@ -138,3 +141,19 @@ class ShardActor:
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+
+def _omp_environment(num_threads: int, shards_per_node: int) -> dict[str, str]:
+    """What OpenMP reads when torch is imported, in a process whose node has `shards_per_node` shards.
+
+    A thread of libgomp that waits for the others spins first, for milliseconds unless it knows that there are more
+    threads than cores, which it can tell for its own process only. If another process needs the core meanwhile,
+    the spinning takes it from the very thread that is waited for. Then the time spun is bounded; a shard alone on its
+    node, where spinning is what makes small products fast, keeps libgomp's own.
+    """
+    # Ray sets the number of threads to 1 for an actor that asks for less than a CPU.
+    environment = {"OMP_NUM_THREADS": str(num_threads)}
+    shared = shards_per_node > 1 or len(os.sched_getaffinity(0)) <= SMALL_NODE_CORES
+    if num_threads > 1 and shared and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    return environment
