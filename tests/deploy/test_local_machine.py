@@ -71,7 +71,7 @@ def test_a_dashboard_port_that_nobody_chose_gives_way() -> None:
     ("host", "named"),
     [
         ("no-such-host.invalid", "host 'no-such-host.invalid' cannot be resolved"),
-        ("192.0.2.1", "host '192.0.2.1' is no address of this machine"),
+        ("203.0.113.77", "host '203.0.113.77' is no address of this machine"),
     ],
 )
 def test_a_host_that_is_none_of_this_machine_is_not_a_port_in_use(host: str, named: str) -> None:
