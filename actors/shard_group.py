@@ -126,5 +126,5 @@ def cause_of_death(error: RayError) -> str:
     causes = [line.strip() for line in lines[1:] if line.strip() and not line.startswith("\t")] or lines[:1]
     if not causes:
         return "no cause given"
-    cause = causes[0].rpartition("Worker exit detail: ")[2]
-    return cause.partition(" There are some potential root causes")[0].rstrip(".")
+    detail = causes[0].rpartition("Worker exit detail: ")[2]
+    return detail.partition(" Some common causes include: ")[0].rstrip(".")

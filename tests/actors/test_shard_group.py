@@ -10,8 +10,8 @@ from raytroupe.actors.shard_group import cause_of_death
 
 KILLED = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
-    "unexpectedly exits with a connection error code 2. End of file. There are some potential root causes. (1) The "
-    "process is killed by SIGKILL by OOM killer due to high memory usage. (2) ray stop --force is called."
+    "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the "
+    "process was killed by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker."
 )
 
 
