@@ -135,7 +135,7 @@ def connect(
         _use_interface_towards(host)
         if layout.rank == 0 and listen_fd is None:
             listen_fd = rendezvous_socket(host, port).detach()
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in __all__
             host, port, layout.world_size, is_master=layout.rank == 0, timeout=bound, master_listen_fd=listen_fd
         )
         dist.init_process_group(
