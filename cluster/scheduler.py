@@ -24,6 +24,7 @@ import msgspec
 from .errors import InvalidRequest, QueueFull
 from .kv_manager import KVManager
 from .request import EngineRequest, FinishReason, TokenOutput
+from .request_checks import check_request
 from .scheduler_stats import RequestTimes, SchedulerSnapshot, SchedulerStats
 from .sequence import Sequence, Status
 from .step import NewSequence, StepPlan, StepResult
@@ -80,30 +81,12 @@ class Scheduler:
         Raises:
             QueueFull: `max_num_waiting` requests wait already. A request with `generated` tokens is let in all the
                 same: its client has begun to read.
-            InvalidRequest: no prompt, one that fills the context or has an id that is no token's, a request id in use,
-                or nothing left to generate.
+            InvalidRequest: the request id is in use, or as `check_request`.
         """
         limit = self.config.max_model_len
-        length = len(request.prompt) + len(request.generated)
         if request.request_id in self._by_id:
             raise InvalidRequest(f"request id {request.request_id!r} is in use; give each request its own")
-        if not request.prompt:
-            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
-        for token in (min(request.prompt), max(request.prompt)):
-            if not 0 <= token < 2**31:
-                raise InvalidRequest(f"the prompt has the token id {token}; ids lie in [0, 2^31)", param="prompt")
-        if length >= limit:
-            raise InvalidRequest(
-                f"the prompt has {length} tokens, which leaves no room in the context of {limit}; shorten it to at "
-                f"most {limit - 1} tokens",
-                param="prompt",
-            )
-        if len(request.generated) >= request.sampling.max_tokens:
-            raise InvalidRequest(
-                f"{len(request.generated)} tokens are generated already and max_tokens is "
-                f"{request.sampling.max_tokens}; raise max_tokens",
-                param="max_tokens",
-            )
+        check_request(request, limit)
         if len(self._waiting) >= self.config.max_num_waiting and not request.generated:
             raise QueueFull(
                 f"{len(self._waiting)} requests wait already (max_num_waiting = {self.config.max_num_waiting}); "
@@ -356,17 +339,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = Status.FINISHED
         del self._by_id[sequence.request.request_id]
-        begin, scheduled, first = sequence.arrival, sequence.scheduled_time, sequence.first_token_time
-        self.stats.finished.append(
-            RequestTimes(
-                reason,
-                prompt_tokens=sequence.prompt_len,
-                generated_tokens=len(sequence.tokens) - sequence.prompt_len,
-                queued=None if scheduled is None else scheduled - begin,
-                first_token=None if first is None else first - begin,
-                total=self._clock() - begin,
-            )
-        )
+        self.stats.finished.append(RequestTimes.of(sequence, reason, self._clock()))
 
     # --- inspection -----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from .request import FinishReason
+from .sequence import Sequence
 
 
 class RequestTimes(msgspec.Struct, frozen=True):
@@ -18,6 +19,19 @@ class RequestTimes(msgspec.Struct, frozen=True):
     first_token: float | None
     """Until its first token; None if it had none."""
     total: float
+
+    @classmethod
+    def of(cls, sequence: Sequence, reason: FinishReason, now: float) -> RequestTimes:
+        """The times of a sequence that ends now."""
+        begin, scheduled, first = sequence.arrival, sequence.scheduled_time, sequence.first_token_time
+        return cls(
+            reason,
+            prompt_tokens=sequence.prompt_len,
+            generated_tokens=len(sequence.tokens) - sequence.prompt_len,
+            queued=None if scheduled is None else scheduled - begin,
+            first_token=None if first is None else first - begin,
+            total=now - begin,
+        )
 
 
 class SchedulerStats(msgspec.Struct):
