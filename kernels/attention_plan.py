@@ -78,15 +78,22 @@ class AttentionPlan:
 
     metadata: AttentionMetadata
     block_size: int
-    _by_window: dict[int | None, tuple[list[DecodeBucket], list[PrefillRow]]] = dataclasses.field(default_factory=dict)
+    _buckets: dict[int | None, list[DecodeBucket]] = dataclasses.field(default_factory=dict)
+    _prefill_rows: dict[int | None, list[PrefillRow]] = dataclasses.field(default_factory=dict)
 
-    def arrange(self, window: int | None) -> tuple[list[DecodeBucket], list[PrefillRow]]:
-        """Buckets and rows for layers with this window; worked out at the first of them."""
-        if window not in self._by_window:
-            self._by_window[window] = (self._buckets(window), self._prefill_rows(window))
-        return self._by_window[window]
+    def decode_buckets(self, window: int | None) -> list[DecodeBucket]:
+        """The rows with one query, for layers with this window; worked out at the first of them."""
+        if window not in self._buckets:
+            self._buckets[window] = self._cut(window)
+        return self._buckets[window]
 
-    def _buckets(self, window: int | None) -> list[DecodeBucket]:
+    def prefill_rows(self, window: int | None) -> list[PrefillRow]:
+        """The other rows, likewise."""
+        if window not in self._prefill_rows:
+            self._prefill_rows[window] = self._arrange(window)
+        return self._prefill_rows[window]
+
+    def _cut(self, window: int | None) -> list[DecodeBucket]:
         metadata, size = self.metadata, self.block_size
         contexts = metadata.contexts[: metadata.decode_rows]
         firsts = [max(0, context - window) // size if window else 0 for context in contexts]
@@ -118,7 +125,7 @@ class AttentionPlan:
             hidden=hidden[None, :, None, :],
         )
 
-    def _prefill_rows(self, window: int | None) -> list[PrefillRow]:
+    def _arrange(self, window: int | None) -> list[PrefillRow]:
         metadata, size = self.metadata, self.block_size
         rows = []
         start = metadata.decode_rows

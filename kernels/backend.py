@@ -11,6 +11,7 @@ from torch import Tensor
 from .activation import gated_activation
 from .linear import Linear, PackedLinear, PlainLinear, can_pack
 from .moe import route, run_experts
+from .native_attention import can_decode
 from .norm import rms_norm, scale_by_rms, sum_of_squares
 from .paged_attention import PagedAttention, store_kv
 from .rotary import rotate_
@@ -42,7 +43,7 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         rotate_=rotate_,
         gated_activation=gated_activation,
         store_kv=store_kv,
-        attention=PagedAttention(),
+        attention=PagedAttention(native_decode=can_decode(device, dtype)),
         route=route,
         run_experts=run_experts,
         linear=PackedLinear if can_pack(device, dtype) else PlainLinear,

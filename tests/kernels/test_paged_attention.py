@@ -11,14 +11,26 @@ from paged_batch import BlockTables
 
 from raytroupe.kernels import attention_plan
 from raytroupe.kernels.attention_plan import cut_into_buckets
+from raytroupe.kernels.native_attention import can_decode
 from raytroupe.kernels.paged_attention import PagedAttention, store_kv
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 10, 8
 SCALE = 0.37
 
 
+@pytest.fixture(params=["torch", "native"], autouse=True)
+def native_decode(request, monkeypatch):
+    """Every test runs with both implementations of decode rows."""
+    native = request.param == "native"
+    if native and not can_decode(torch.device("cpu"), torch.float32):
+        pytest.skip("the C kernels were not built: there was no C compiler at installation")
+    monkeypatch.setattr(Sequences, "native_decode", native)
+
+
 class Sequences:
     """Random keys, values and queries for sequences of given lengths, cached in shuffled blocks."""
+
+    native_decode = False
 
     def __init__(self, lengths, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -31,7 +43,7 @@ class Sequences:
         shape = (KV_HEADS, 256, BLOCK, HEAD_DIM)
         # Unused slots hold numbers that would show.
         self.k_cache, self.v_cache = torch.full(shape, 1e3), torch.full(shape, 1e3)
-        self.attention = PagedAttention()
+        self.attention = PagedAttention(native_decode=self.native_decode)
 
     def step(self, rows, **options):
         metadata = self.blocks.metadata(rows)
@@ -109,6 +121,21 @@ def test_what_breaks_one_row_reaches_neither_its_company_nor_the_next_owner_of_i
     sequences.blocks.tables.append(sequences.blocks.tables[0])
     assert_rows(sequences, [(2, 0, 9)], softcap=softcap)
     assert_rows(sequences, [(2, 9, 1), (1, 30, 1)], softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 1, 70])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_scores_far_apart_and_long_rows(window, softcap):
+    sequences = Sequences([300, 299, 1])
+    sequences.queries = [query * 40 for query in sequences.queries]
+    sequences.step([(0, 0, 299), (1, 0, 298)])
+    rows = [(0, 299, 1), (1, 298, 1), (2, 0, 1)]
+    torch.testing.assert_close(
+        sequences.step(rows, window=window, softcap=softcap),
+        sequences.expected(rows, window=window, softcap=softcap),
+        rtol=2e-5,
+        atol=2e-5,
+    )
 
 
 def test_a_row_does_not_depend_on_its_company():
