@@ -1,9 +1,11 @@
 /* Attention of rows with one query each over a paged KV cache, on x86 CPUs. kernels/paged_attention.py defines the
- * meaning; kernels/native_attention.py calls this. Plain C: the compiler vectorises the loops over head_dim, once for
- * each instruction set below, and the best one is chosen at run time.
+ * meaning; kernels/native_attention.py calls this. Plain C with the compiler's vector types, compiled once for each
+ * instruction set below; the best one is chosen at run time.
  *
  * A work item is one row and one KV head with its group of query heads. It walks the row's block table twice, reading
- * keys and then values in place; each is loaded once for the whole group. Scores, softmax and sums are float32.
+ * keys and then values in place; each is loaded once for up to four heads of the group. A block's part of a head is one
+ * contiguous tile, and while one tile is worked on the next is fetched: the processor cannot foresee the jump between
+ * them. Scores, softmax and sums are float32.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -51,103 +53,203 @@ INLINE float load(const void *values, int64_t index, int bfloat16)
     return bfloat16 ? widen(((const uint16_t *)values)[index]) : ((const float *)values)[index];
 }
 
-/* e^x for x <= 0 without a branch, so that a loop of it vectorises; relative error below 3e-7.
- * x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts; e^r by its Taylor series to the seventh power. */
-INLINE float exp_nonpositive(float x)
+typedef float lanes __attribute__((vector_size(64)));
+typedef float half_lanes __attribute__((vector_size(32)));
+typedef float quarter_lanes __attribute__((vector_size(16)));
+typedef uint32_t wide_bits __attribute__((vector_size(64)));
+typedef int32_t signed_bits __attribute__((vector_size(64)));
+typedef uint16_t narrow_bits __attribute__((vector_size(32)));
+
+#define LANES 16
+#define HEADS 4  /* query heads that share a load */
+#define CHUNKS 4 /* vectors of a head's dimensions whose sums are in registers at once */
+
+INLINE lanes load_lanes(const void *values, int64_t index, int bfloat16)
 {
-    x = x < -87.0f ? -87.0f : x;
-    float n = (float)(int32_t)(x * 1.44269504f - 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
+    lanes result;
+    if (bfloat16) {
+        narrow_bits narrow;
+        memcpy(&narrow, (const uint16_t *)values + index, sizeof narrow);
+        wide_bits wide = __builtin_convertvector(narrow, wide_bits) << 16;
+        memcpy(&result, &wide, sizeof result);
+    } else
+        memcpy(&result, (const float *)values + index, sizeof result);
+    return result;
+}
+
+INLINE float sum_of_lanes(lanes values)
+{
+    half_lanes half[2];
+    memcpy(half, &values, sizeof half);
+    half[0] += half[1];
+    quarter_lanes quarter[2];
+    memcpy(quarter, half, sizeof quarter);
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+}
+
+/* e^x for x <= 0, relative error below 3e-7: x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts; e^r by its Taylor
+ * series to the seventh power, e^(n ln 2) by writing n into the exponent. */
+INLINE lanes exp_nonpositive(lanes x)
+{
+    const signed_bits tiny = x < -87.0f;
+    x = (lanes)(((signed_bits)x & ~tiny) | ((signed_bits)((lanes){0} - 87.0f) & tiny));
+    const signed_bits n = __builtin_convertvector(x * 1.44269504f - 0.5f, signed_bits); /* truncates: to nearest */
+    const lanes whole = __builtin_convertvector(n, lanes);
+    const lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    lanes p = r * (1.0f / 5040) + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
+    return p * (lanes)((n + 127) << 23);
 }
 
-INLINE const void *tile_of(const void *cache, const struct decode_attention *a, int row, int kv_head, int block,
+/* scores[h * stride + t] = query head h . key t, for `heads` heads and the `tokens` tokens of a tile. */
+INLINE void score_tile(const float *query, const void *keys, int tokens, int dim, int heads, float *scores,
+                       int64_t stride, int bfloat16)
+{
+    for (int t = 0; t < tokens; t++) {
+        const int64_t key = (int64_t)t * dim;
+        lanes sums[HEADS] = {{0}};
+        float rest[HEADS] = {0};
+        int d = 0;
+        for (; d + LANES <= dim; d += LANES) {
+            const lanes k = load_lanes(keys, key + d, bfloat16);
+            for (int h = 0; h < heads; h++)
+                sums[h] += load_lanes(query + (int64_t)h * dim, d, 0) * k;
+        }
+        for (; d < dim; d++)
+            for (int h = 0; h < heads; h++)
+                rest[h] += query[(int64_t)h * dim + d] * load(keys, key + d, bfloat16);
+        for (int h = 0; h < heads; h++)
+            scores[h * stride + t] = sum_of_lanes(sums[h]) + rest[h];
+    }
+}
+
+/* sums[h] += scores[h * stride + t] * value t, over the dimensions [d, d + LANES * chunks). */
+INLINE void add_chunks(float *sums, const void *values, int tokens, int dim, int d, int heads, int chunks,
+                       const float *scores, int64_t stride, int bfloat16)
+{
+    lanes held[HEADS][CHUNKS];
+    for (int h = 0; h < heads; h++)
+        for (int c = 0; c < chunks; c++)
+            held[h][c] = load_lanes(sums + (int64_t)h * dim, d + c * LANES, 0);
+    for (int t = 0; t < tokens; t++)
+        for (int c = 0; c < chunks; c++) {
+            const lanes v = load_lanes(values, (int64_t)t * dim + d + c * LANES, bfloat16);
+            for (int h = 0; h < heads; h++)
+                held[h][c] += scores[h * stride + t] * v;
+        }
+    for (int h = 0; h < heads; h++)
+        for (int c = 0; c < chunks; c++)
+            memcpy(sums + (int64_t)h * dim + d + c * LANES, &held[h][c], sizeof(lanes));
+}
+
+/* The same over all dimensions. */
+INLINE void add_tile(float *sums, const void *values, int tokens, int dim, int heads, const float *scores,
+                     int64_t stride, int bfloat16)
+{
+    int d = 0;
+    for (; d + CHUNKS * LANES <= dim; d += CHUNKS * LANES)
+        add_chunks(sums, values, tokens, dim, d, heads, CHUNKS, scores, stride, bfloat16);
+    for (; d + LANES <= dim; d += LANES)
+        add_chunks(sums, values, tokens, dim, d, heads, 1, scores, stride, bfloat16);
+    for (; d < dim; d++)
+        for (int h = 0; h < heads; h++)
+            for (int t = 0; t < tokens; t++)
+                sums[(int64_t)h * dim + d] += scores[h * stride + t] * load(values, (int64_t)t * dim + d, bfloat16);
+}
+
+/* Block `block` of a row, from the head's first element on, and the fetching of the next block up to `last`. */
+INLINE const char *tile_of(const void *cache, const struct decode_attention *a, int row, int kv_head, int block, int last,
                            int bfloat16)
 {
-    int64_t id = a->block_tables[row * a->table_width + block];
-    int64_t element = ((int64_t)kv_head * a->num_blocks + id) * a->block_size * a->head_dim;
-    return (const char *)cache + element * (bfloat16 ? 2 : 4);
+    const int64_t bytes = (int64_t)a->block_size * a->head_dim * (bfloat16 ? 2 : 4);
+    const char *head = (const char *)cache + kv_head * a->num_blocks * bytes;
+    const int32_t *table = a->block_tables + row * a->table_width;
+    if (block < last) {
+        const char *next = head + table[block + 1] * bytes;
+        for (int64_t line = 0; line < bytes; line += 64)
+            __builtin_prefetch(next + line);
+    }
+    return head + table[block] * bytes;
+}
+
+/* scores: room for `length` rounded up to whole vectors; what is behind the end may be overwritten. */
+INLINE void softmax(float *scores, int length, float softcap)
+{
+    if (softcap != 0.0f)
+        for (int i = 0; i < length; i++)
+            scores[i] = softcap * tanhf(scores[i] / softcap);
+    float largest = scores[0];
+    for (int i = 1; i < length; i++)
+        largest = scores[i] > largest ? scores[i] : largest;
+    lanes totals = {0};
+    for (int i = 0; i < length; i += LANES) {
+        if (i + LANES > length)
+            for (int behind = length; behind < i + LANES; behind++)
+                scores[behind] = -INFINITY;
+        const lanes weights = exp_nonpositive(load_lanes(scores, i, 0) - largest);
+        memcpy(scores + i, &weights, sizeof weights);
+        totals += weights;
+    }
+    const float share = 1.0f / sum_of_lanes(totals);
+    for (int i = 0; i < length; i++)
+        scores[i] *= share;
+}
+
+/* `heads` query heads from `head` on, which share a KV head. scratch: heads * (2 * head_dim + length rounded up) floats. */
+INLINE void attend_heads(const struct decode_attention *a, int row, int kv_head, int head, int heads, float *scratch,
+                         int bfloat16)
+{
+    const int dim = a->head_dim, size = a->block_size, context = a->context_lens[row];
+    const int first = a->window && context > a->window ? context - a->window : 0;
+    const int length = context - first, last = (context - 1) / size;
+    const int64_t stride = (length + LANES - 1) / LANES * LANES;
+    float *query = scratch, *sums = query + heads * dim, *scores = sums + heads * dim;
+    for (int i = 0; i < heads * dim; i++) {
+        query[i] = load(a->query, row * a->query_stride + (int64_t)head * dim + i, bfloat16) * a->scale;
+        sums[i] = 0.0f;
+    }
+    for (int block = first / size; block <= last; block++) {
+        const int begin = block * size > first ? block * size : first;
+        const int end = block == last ? context : (block + 1) * size;
+        const char *keys = tile_of(a->k_cache, a, row, kv_head, block, last, bfloat16);
+        keys += (int64_t)(begin - block * size) * dim * (bfloat16 ? 2 : 4);
+        score_tile(query, keys, end - begin, dim, heads, scores + begin - first, stride, bfloat16);
+    }
+    for (int h = 0; h < heads; h++)
+        softmax(scores + h * stride, length, a->softcap);
+    for (int block = first / size; block <= last; block++) {
+        const int begin = block * size > first ? block * size : first;
+        const int end = block == last ? context : (block + 1) * size;
+        const char *values = tile_of(a->v_cache, a, row, kv_head, block, last, bfloat16);
+        values += (int64_t)(begin - block * size) * dim * (bfloat16 ? 2 : 4);
+        add_tile(sums, values, end - begin, dim, heads, scores + begin - first, stride, bfloat16);
+    }
+    const int64_t out = ((int64_t)row * a->heads + head) * dim;
+    for (int i = 0; i < heads * dim; i++)
+        if (bfloat16)
+            ((uint16_t *)a->out)[out + i] = round_to_bfloat16(sums[i]);
+        else
+            ((float *)a->out)[out + i] = sums[i];
 }
 
 INLINE void attend(const struct decode_attention *a, int row, int kv_head, float *scratch, int bfloat16)
 {
-    const int group = a->heads / a->kv_heads, dim = a->head_dim, size = a->block_size;
-    const int context = a->context_lens[row];
-    const int first = a->window && context > a->window ? context - a->window : 0;
-    const int length = context - first;
-    const int64_t head_offset = (int64_t)kv_head * group * dim;
-    float *query = scratch, *sum = query + group * dim, *scores = sum + group * dim;
-
-    for (int i = 0; i < group * dim; i++) {
-        query[i] = load(a->query, row * a->query_stride + head_offset + i, bfloat16) * a->scale;
-        sum[i] = 0.0f;
-    }
-
-    for (int token = first; token < context;) {
-        const int block = token / size, end = (block + 1) * size < context ? (block + 1) * size : context;
-        const void *tile = tile_of(a->k_cache, a, row, kv_head, block, bfloat16);
-        for (; token < end; token++) {
-            const int64_t key = (int64_t)(token % size) * dim;
-            for (int g = 0; g < group; g++) {
-                const float *q = query + g * dim;
-                float score = 0.0f;
-#pragma omp simd reduction(+ : score)
-                for (int d = 0; d < dim; d++)
-                    score += q[d] * load(tile, key + d, bfloat16);
-                scores[(int64_t)g * length + token - first] = score;
-            }
-        }
-    }
-
-    for (int g = 0; g < group; g++) {
-        float *row_scores = scores + (int64_t)g * length;
-        if (a->softcap != 0.0f)
-            for (int i = 0; i < length; i++)
-                row_scores[i] = a->softcap * tanhf(row_scores[i] / a->softcap);
-        float largest = row_scores[0], total = 0.0f;
-        for (int i = 1; i < length; i++)
-            largest = row_scores[i] > largest ? row_scores[i] : largest;
-#pragma omp simd reduction(+ : total)
-        for (int i = 0; i < length; i++) {
-            row_scores[i] = exp_nonpositive(row_scores[i] - largest);
-            total += row_scores[i];
-        }
-        for (int i = 0; i < length; i++)
-            row_scores[i] /= total;
-    }
-
-    for (int token = first; token < context;) {
-        const int block = token / size, end = (block + 1) * size < context ? (block + 1) * size : context;
-        const void *tile = tile_of(a->v_cache, a, row, kv_head, block, bfloat16);
-        for (; token < end; token++) {
-            const int64_t value = (int64_t)(token % size) * dim;
-            for (int g = 0; g < group; g++) {
-                const float weight = scores[(int64_t)g * length + token - first];
-                float *out = sum + g * dim;
-#pragma omp simd
-                for (int d = 0; d < dim; d++)
-                    out[d] += weight * load(tile, value + d, bfloat16);
-            }
-        }
-    }
-
-    const int64_t begin = (int64_t)row * a->heads * dim + head_offset;
-    for (int i = 0; i < group * dim; i++) {
-        if (bfloat16)
-            ((uint16_t *)a->out)[begin + i] = round_to_bfloat16(sum[i]);
+    const int group = a->heads / a->kv_heads;
+    for (int head = kv_head * group; head < (kv_head + 1) * group;) {
+        const int left = (kv_head + 1) * group - head;
+        /* A constant number of heads lets the compiler keep their sums in registers. */
+        if (left >= 4)
+            attend_heads(a, row, kv_head, head, 4, scratch, bfloat16), head += 4;
+        else if (left >= 2)
+            attend_heads(a, row, kv_head, head, 2, scratch, bfloat16), head += 2;
         else
-            ((float *)a->out)[begin + i] = sum[i];
+            attend_heads(a, row, kv_head, head, 1, scratch, bfloat16), head += 1;
     }
 }
 
@@ -183,13 +285,12 @@ static item_function best_item_function(void)
 int troupe_decode_attention(const struct decode_attention *a)
 {
     const item_function item = best_item_function();
-    const int group = a->heads / a->kv_heads;
     int longest = 0, failed = 0;
     for (int row = 0; row < a->rows; row++)
         longest = a->context_lens[row] > longest ? a->context_lens[row] : longest;
 #pragma omp parallel
     {
-        float *scratch = malloc(sizeof(float) * group * (2 * (size_t)a->head_dim + longest));
+        float *scratch = malloc(sizeof(float) * HEADS * (2 * (size_t)a->head_dim + longest + LANES));
         if (scratch == NULL) {
 #pragma omp atomic write
             failed = 1;
