@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache in plain torch: the CPU path and the meaning of every other implementation.
+"""Attention over a paged KV cache in plain torch: the meaning of every other implementation, and the path without one.
 
 A layer's cache is two tensors [kv_heads, num_blocks, block_size, head_dim]. A head's part of a block is one contiguous
 tile, which suits a kernel that walks a block table, and gathering blocks gives [kv_heads * rows, tokens, head_dim],
