@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import time
 import httpx
 
 from ..cluster.errors import EngineError
+from .local_machine import free_ports
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 60.0
@@ -27,11 +27,11 @@ class ServeProcess:
     """
 
     def __init__(self, *arguments: str) -> None:
-        self.port = free_port()
+        self.port, dashboard_port = free_ports(2)
         self.address = f"http://127.0.0.1:{self.port}"
         self.lines: list[tuple[float, str]] = []
         self.healthy_after = float("nan")
-        ports = ["--port", str(self.port), "--dashboard-port", str(free_port())]
+        ports = ["--port", str(self.port), "--dashboard-port", str(dashboard_port)]
         command = [sys.executable, "-m", "raytroupe.deploy.cli", "serve", *arguments, *ports]
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
@@ -101,10 +101,3 @@ class ServeProcess:
 
     def _last_lines(self, count: int = 20) -> str:
         return "\n".join(line for _, line in self.lines[-count:])
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from ..cluster.errors import ConfigError
 
 DASHBOARD_HOST = "127.0.0.1"
 """Ray's dashboard runs code for whoever has its token, so it is for this machine only."""
+
+_QUIET_PORTS = range(20_000, 30_000)
+"""Between the ports of Ray's workers (10,002 to 19,999) and those that Serve and the kernel (from 32,768) give to
+whoever asks for any: Ray's processes take many of the latter between our choice and the moment in which it is used."""
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -24,15 +30,15 @@ def local_capacity() -> Capacity:
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that are free on all interfaces now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Distinct TCP ports that are free on all interfaces now, in no order."""
+    found: list[int] = []
+    for port in random.sample(_QUIET_PORTS, len(_QUIET_PORTS)):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+    return found
 
 
 def check_ports(config: ServeConfig) -> ServeConfig:
