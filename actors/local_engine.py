@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Any, Self
 import msgspec
 
 from ..cluster.config import load_config
+from ..cluster.cpu_affinity import plan_this_node
 from ..cluster.errors import ConfigError
 from ..cluster.kv_memory import KVMemory, plan_kv_memory
 from ..cluster.model_spec import load_spec
@@ -21,8 +23,10 @@ from ..cluster.step import StepResult
 from ..cluster.topology import ShardLayout, kv_bytes_per_block
 from .engine_loop import EngineLoop
 from .executor import Executor, LocalExecutor
-from .shard import Shard
+from .openmp import import_torch
 from .shard_config import ShardConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Completion(msgspec.Struct):
@@ -58,6 +62,11 @@ class LocalEngine:
         spec = load_spec(Path(model))
         max_model_len = config.max_model_len or spec.max_position_embeddings
         layout = ShardLayout()
+        plan = plan_this_node(shards=1, num_threads=config.num_threads, alone=True)
+        logger.info("%s: %s", config.name, plan.explain(None))
+        import_torch(plan)
+        from .shard import Shard  # with torch, which reads what OpenMP is told but once
+
         self.shard = Shard(
             ShardConfig(
                 folder=Path(model),
@@ -68,7 +77,7 @@ class LocalEngine:
                 max_num_seqs=config.max_num_seqs,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=config.max_num_batched_tokens,
-                num_threads=config.num_threads,
+                num_threads=plan.threads,
             )
         )
         self.shard.connect()

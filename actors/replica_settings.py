@@ -28,8 +28,8 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     kv_cache_memory: int | None
     enable_prefix_caching: bool
-    num_threads: int
-    """CPU threads per shard."""
+    num_threads: int | None
+    """CPU threads per shard; None: as many as its share of its node's cores (`cluster/cpu_plan.py`)."""
     shards_per_node: int
     """Shards of all models and replicas that share one node's memory and cores."""
     listener: Endpoint | None = None

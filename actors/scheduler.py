@@ -14,6 +14,7 @@ import msgspec
 import ray
 from ray import serve
 
+from ..cluster.cpu_affinity import keep_off_shards, plan_this_node
 from ..cluster.errors import EngineError, ShardFailed
 from ..cluster.kv_memory import KVMemory, plan_kv_memory
 from ..cluster.messages import GenerateCall
@@ -26,7 +27,7 @@ from .engine_metrics import EngineMetrics, StepTotals
 from .repetition import repeat
 from .replica_settings import ReplicaSettings
 from .reporter import Reporter
-from .shard_group import ShardGroup
+from .shard_group import ShardGroup, describe_cpus
 from .token_sender import TokenSender
 
 logger = logging.getLogger("ray.serve")
@@ -54,6 +55,8 @@ class SchedulerReplica:
         self._failure: EngineError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._sender = TokenSender()
+        if settings.device == "cpu":
+            keep_off_shards(plan_this_node(shards=settings.shards_per_node, num_threads=settings.num_threads))
         group = ray.util.get_current_placement_group()
         assert group is not None, "the deployment has placement group bundles"
         self._shards = ShardGroup(settings, self._replica, group)
@@ -120,9 +123,10 @@ class SchedulerReplica:
             kv_cache_memory=settings.kv_cache_memory,
         )
         await self._shards.allocate(memory.num_blocks)
-        threads = f", {settings.num_threads} thread(s) each" if settings.device == "cpu" else ""
         self._reporter.notice(memory.reasoning)
-        self._reporter.notice(f"{len(reports)} {settings.device} shard(s) in {reports[0].dtype}{threads}")
+        self._reporter.notice(f"{len(reports)} {settings.device} shard(s) in {reports[0].dtype}")
+        for line in describe_cpus([report.cpus for report in reports]):
+            self._reporter.notice(line)
         return memory
 
     def _start_engine(self, memory: KVMemory) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import os
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import ray
 
+from ..cluster.cpu_affinity import CpuClaims, keep_off_shards, pin_thread, plan_this_node
 from ..cluster.kv_memory import DeviceMemory
 from ..cluster.messages import Endpoint
 from ..cluster.topology import ShardLayout, kv_bytes_per_block
+from . import openmp
 from .channel import ShardServer
 from .replica_settings import ReplicaSettings
 from .reporter import Reporter
@@ -32,10 +35,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOOPBACK = "127.0.0.1"
-SPIN_COUNT = 100_000
-"""Turns of libgomp's waiting loop before a thread sleeps, where others want its core: tenths of a millisecond."""
-SMALL_NODE_CORES = 4
-"""On a node with so few, the scheduler, the ingress and the proxy compete with the shards as well."""
+CLAIM_SECONDS = 1.0
+"""For the shards of a replica that has just been given up to end and leave their CPUs."""
 
 
 class ShardPlace(msgspec.Struct, frozen=True):
@@ -53,16 +54,21 @@ class ShardReport(msgspec.Struct, frozen=True):
     dtype: str
     kv_block_bytes: int
     """Size of one KV block on this shard."""
+    cpus: str | None
+    """Which CPUs it computes on and why, in one sentence; None on a GPU."""
 
 
 class ShardActor:
     """One shard of one replica, in its own process."""
 
     def __init__(self, settings: ReplicaSettings, layout: ShardLayout, replica: str) -> None:
-        os.environ.update(_omp_environment(settings.num_threads, settings.shards_per_node))
         self._settings = settings
         self._layout = layout
-        self._thread = ThreadPoolExecutor(1, "shard")
+        self._claims = CpuClaims()
+        self._plan = plan_this_node(shards=settings.shards_per_node, num_threads=settings.num_threads)
+        os.environ.update(openmp.environment(self._plan))
+        self._cpus = self._take_cpus() if settings.device == "cpu" else None
+        self._thread = ThreadPoolExecutor(1, "shard", initializer=lambda: pin_thread(self._cpus or self._plan.usable))
         self._reporter = Reporter(settings.listener, settings.name, replica)
         self._shard: Shard | None = None
         self._listener: socket.socket | None = None
@@ -128,7 +134,7 @@ class ShardActor:
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
             max_num_batched_tokens=settings.max_num_batched_tokens,
-            num_threads=settings.num_threads,
+            num_threads=self._plan.threads,
             init_method=rendezvous,
             listen_fd=self._listener.detach() if self._listener is not None else None,
         )
@@ -137,23 +143,19 @@ class ShardActor:
         self._shard.load(lambda done, total: self._reporter.progress(self._layout.rank, done, total))
         dtype = self._shard.dtype
         block_bytes = kv_bytes_per_block(self._shard.spec, self._layout, settings.block_size, dtype.itemsize)
-        return ShardReport(self._shard.memory(), str(dtype).removeprefix("torch."), block_bytes)
+        cpus = self._plan.explain(self._cpus) if settings.device == "cpu" else None
+        return ShardReport(self._shard.memory(), str(dtype).removeprefix("torch."), block_bytes, cpus)
+
+    def _take_cpus(self) -> tuple[int, ...] | None:
+        """CPUs for the thread that owns the model and for those that it starts; Ray's threads go elsewhere."""
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while (taken := self._claims.take(self._plan.choices)) is None and self._plan.choices:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(CLAIM_SECONDS / 10)
+        if taken is not None:
+            keep_off_shards(self._plan)
+        return taken
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-def _omp_environment(num_threads: int, shards_per_node: int) -> dict[str, str]:
-    """What OpenMP reads when torch is imported, in a process whose node has `shards_per_node` shards.
-
-    A thread of libgomp that waits for the others spins first, for milliseconds unless it knows that there are more
-    threads than cores, which it can tell for its own process only. If another process needs the core meanwhile,
-    the spinning takes it from the very thread that is waited for. Then the time spun is bounded; a shard alone on its
-    node, where spinning is what makes small products fast, keeps libgomp's own.
-    """
-    # Ray sets the number of threads to 1 for an actor that asks for less than a CPU.
-    environment = {"OMP_NUM_THREADS": str(num_threads)}
-    shared = shards_per_node > 1 or len(os.sched_getaffinity(0)) <= SMALL_NODE_CORES
-    if num_threads > 1 and shared and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-        environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-    return environment

@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..cluster.cpu_topology import format_cpus
 from ..cluster.errors import ShardFailed
 from ..cluster.topology import all_layouts
 from .channel import DEATH_SECONDS, ChannelExecutor
@@ -117,6 +118,15 @@ class ShardGroup:
             return error.cause if isinstance(error.cause, Exception) else error
         where = f" on node {self._places[rank].address}" if self._places else ""
         return ShardFailed(f"the process of shard {rank}{where} ended unexpectedly: {cause_of_death(error)}")
+
+
+def describe_cpus(choices: Sequence[str | None]) -> list[str]:
+    """What shards say of their CPUs, in rank order, as lines: one for all of which the same is true."""
+    ranks: dict[str, list[int]] = {}
+    for rank, choice in enumerate(choices):
+        if choice is not None:
+            ranks.setdefault(choice, []).append(rank)
+    return [f"shard{'s' if len(group) > 1 else ''} {format_cpus(group)}: {choice}" for choice, group in ranks.items()]
 
 
 def cause_of_death(error: RayError) -> str:

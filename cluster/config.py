@@ -76,7 +76,7 @@ class ModelConfig(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     enable_prefix_caching: bool = True
     num_threads: int | None = Field(None, ge=1, le=256)
-    """CPU threads per shard; default: the node's cores divided by the shards on it."""
+    """CPU threads per shard; default: as many as its share of the node's cores (`cluster/cpu_plan.py`)."""
 
     @field_validator("block_size")
     @classmethod

@@ -46,7 +46,10 @@ def build_application(config: ServeConfig, models: Sequence[ServedModel], listen
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
     )(Ingress)
-    return ingress.bind([model.card for model in models], handles, config.max_body_bytes)
+    # Several ingresses may need more than what is left to them; then the kernel finds them CPUs.
+    cpu_shards = [model.settings.shards_per_node for model in models if model.device == "cpu"]
+    alone = max(cpu_shards, default=0) if config.ingress_replicas == 1 else 0
+    return ingress.bind([model.card for model in models], handles, config.max_body_bytes, alone)
 
 
 def _scheduler_deployment(model: ServedModel, listener: Endpoint | None) -> Application:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..actors.placement import Capacity
 from ..cluster.config import ServeConfig
+from ..cluster.cpu_topology import read_topology
 from ..cluster.errors import ConfigError
 
 DASHBOARD_HOST = "127.0.0.1"
@@ -20,13 +21,12 @@ _QUIET_PORTS = range(20_000, 30_000)
 """Between the ports of Ray's workers (10,002 to 19,999) and those that Serve and the kernel (from 32,768) give to
 whoever asks for any: Ray's processes take many of the latter between our choice and the moment in which it is used."""
 
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def local_capacity() -> Capacity:
     """CPUs that this process may use, and NVIDIA GPUs that it may see."""
-    return Capacity(cpus=float(_cpus()), gpus=float(_gpus()))
+    return Capacity(cpus=float(read_topology().capacity), gpus=float(_gpus()))
 
 
 def free_ports(count: int) -> list[int]:
@@ -80,15 +80,6 @@ def _try_to_listen(host: str, port: int) -> None:
 def _refusal(host: str, port: int, error: OSError) -> str:
     reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
     return f"port {port} of {host} {reason}"
-
-
-def _cpus() -> int:
-    available = len(os.sched_getaffinity(0))
-    try:
-        quota, period = _CGROUP_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
 
 
 def _gpus() -> int:

@@ -65,7 +65,7 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
             block_size=model.block_size,
             kv_cache_memory=model.kv_cache_memory,
             enable_prefix_caching=model.enable_prefix_caching,
-            num_threads=model.num_threads or max(1, int(capacity.cpus / capacity.nodes) // sharing),
+            num_threads=model.num_threads,
             shards_per_node=sharing,
         )
         defaults = load_generation_defaults(folder)

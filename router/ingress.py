@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from ..cluster.cpu_affinity import keep_off_shards, plan_this_node
 from ..cluster.messages import ModelCard
 from .api import build_app
 from .cluster_metrics import ClusterMetrics
@@ -25,14 +26,19 @@ _PACKAGE = __name__.partition(".")[0]
 class Ingress:
     """One ingress replica. Deploy it with `serve.deployment(Ingress).options(...).bind(...)`."""
 
-    def __init__(self, cards: list[ModelCard], handles: list[DeploymentHandle], max_body_bytes: int) -> None:
+    def __init__(
+        self, cards: list[ModelCard], handles: list[DeploymentHandle], max_body_bytes: int, cpu_shards: int
+    ) -> None:
         """Serve the models of `cards`; `handles[i]` reaches the replicas of `cards[i]`.
 
         Args:
             cards: the served models.
             handles: of deployments whose class has `generate(call: bytes) -> bytes` and `check_health()`.
             max_body_bytes: larger request bodies are refused.
+            cpu_shards: that compute on this node, whose CPUs are to be left to them; 0: need not be.
         """
+        if cpu_shards:
+            keep_off_shards(plan_this_node(shards=cpu_shards))
         _log_like_serve()
         self._cards = cards
         self._handles = {card.name: handle for card, handle in zip(cards, handles, strict=True)}

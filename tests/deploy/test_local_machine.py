@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from raytroupe.cluster.config import ServeConfig, load_config
+from raytroupe.cluster.cpu_topology import Cpu, CpuTopology
 from raytroupe.cluster.errors import ConfigError
 from raytroupe.deploy import local_machine
 
@@ -19,15 +19,10 @@ def configured(**application: object) -> ServeConfig:
     return load_config({"models": [{"model": "a"}], **application})
 
 
-@pytest.mark.parametrize(
-    ("quota", "cpus"), [("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)]
-)
-def test_cpus_are_those_of_the_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cpus: int
-) -> None:
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    monkeypatch.setattr(local_machine, "_CGROUP_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+@pytest.mark.parametrize(("quota", "cpus"), [(None, 6), (2.5, 2), (0.5, 1), (9.0, 6)])
+def test_cpus_are_those_of_the_container(monkeypatch: pytest.MonkeyPatch, quota: float | None, cpus: int) -> None:
+    topology = CpuTopology(tuple(Cpu(node=0, core=number, id=number) for number in range(6)), quota)
+    monkeypatch.setattr(local_machine, "read_topology", lambda: topology)
     assert local_machine.local_capacity().cpus == cpus
 
 

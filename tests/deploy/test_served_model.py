@@ -14,29 +14,24 @@ LARGE, SMALL = DEMO_MODELS
 
 
 def test_defaults_of_the_embedded_models() -> None:
-    large, small = resolve_models([ModelConfig(model=LARGE), ModelConfig(model=SMALL)], Capacity(cpus=8, gpus=0))
+    large, _ = resolve_models([ModelConfig(model=LARGE), ModelConfig(model=SMALL)], Capacity(cpus=8, gpus=0))
     assert large.card.name == "demo-large"
     assert large.card.max_model_len == large.settings.max_model_len == 2048
     assert large.card.vocab_size == 1280
     assert large.card.eos_token_ids
     assert large.settings.device == "cpu"
-    assert large.settings.num_threads == small.settings.num_threads == 4, "8 cores, 2 shards"
     assert large.settings.shards_per_node == 2
 
 
-def test_cores_are_divided_among_all_shards_of_a_node() -> None:
+def test_shards_of_a_node_are_counted_over_all_models() -> None:
     models = [
         ModelConfig(model=LARGE, tensor_parallel_size=2, pipeline_parallel_size=2),
         ModelConfig(model=SMALL, replicas=2, num_threads=7),
     ]
     large, small = resolve_models(models, Capacity(cpus=16, gpus=0))
-    assert large.settings.num_threads == 2, "16 cores, 6 shards"
+    assert large.settings.shards_per_node == small.settings.shards_per_node == 6
+    assert large.settings.num_threads is None, "a shard decides on its node"
     assert small.settings.num_threads == 7
-
-
-def test_more_shards_than_cores_have_a_thread_each() -> None:
-    (large,) = resolve_models([ModelConfig(model=LARGE, tensor_parallel_size=2, replicas=2)], Capacity(cpus=2, gpus=0))
-    assert large.settings.num_threads == 1
 
 
 def test_kv_cache_that_cannot_hold_one_request_is_refused_with_the_numbers() -> None:
