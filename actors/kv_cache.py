@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -25,14 +28,26 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layout.num_kv_heads(spec), num_blocks, block_size, spec.head_dim)
+        shape = (len(layout.layers(spec)), 2, layout.num_kv_heads(spec), num_blocks, block_size, spec.head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in layout.layers(spec)
-        ]
+        cache = (
+            _zeros_on_demand(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+        )
+        self._layers = [(keys, values) for keys, values in cache]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of this stage's `index`-th layer, each [kv_heads, num_blocks, block_size, head_dim]."""
         return self._layers[index]
+
+
+def _zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in main memory that the kernel provides when they are first touched.
+
+    Half of a machine's memory takes longer to fill than a model to load, and most of it is not needed soon. Large
+    pages make the first touch rare, and attention, which reads blocks from all over, misses the TLB less often.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
