@@ -58,7 +58,7 @@ format: $(INSTALLED)
 	@ln -sfn .. $@
 
 bench: $(INSTALLED)
-	@exec $(BIN)/python -m raytroupe.deploy.bench_all $(ARGS)
+	@exec $(BIN)/python -m raytroupe.deploy.bench.suite $(ARGS)
 
 clean:
 	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-models bench-results *.egg-info build dist

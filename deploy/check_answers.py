@@ -19,8 +19,8 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from ..cluster.errors import EngineError
-from .bench_report import Column, Report, publish, run_as_program
-from .bench_server import ServeProcess
+from .bench.report import Column, Report, publish, run_as_program
+from .bench.serve_process import ServeProcess
 from .eval import DEMO_TASKS, EvalItem, load_items, score
 from .greedy_reference import chat_prompts, greedy_tokens
 from .model_folder import DEMO_MODELS

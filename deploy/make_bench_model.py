@@ -16,7 +16,7 @@ import typer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .bench_report import run_as_program
+from .bench.report import run_as_program
 
 VOCAB_SIZE = 32_000
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")

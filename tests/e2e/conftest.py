@@ -23,7 +23,7 @@ from ray import serve
 from ray.util.state import list_actors
 from ray.util.state.common import ActorState
 
-from raytroupe.deploy.bench_server import ServeProcess
+from raytroupe.deploy.bench.serve_process import ServeProcess
 
 DEMO_MODELS = Path(__file__).parents[2] / "deploy" / "demo_models"
 

@@ -1,9 +1,9 @@
 """Continuous batching seen by a client: many requests at once against the same requests one at a time, over HTTP.
 
     python -m raytroupe.deploy.make_bench_model bench-models/llama-254m
-    python -m raytroupe.deploy.bench_http bench-models/llama-254m
+    python -m raytroupe.deploy.bench.over_http bench-models/llama-254m
 
-Requests have mixed lengths (`bench_workload.py`) and end only at their length. Every run has fresh prompt tokens, so
+Requests have mixed lengths (`mixed_requests.py`) and end only at their length. Every run has fresh prompt tokens, so
 that nothing comes from the prefix cache. The server computes in bfloat16 unless told otherwise. Runs of both kinds
 alternate; the table has the medians.
 """
@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from ..cluster.errors import EngineError
-from .bench_report import Column, Report, measure_in_turn, publish, run_as_program
-from .bench_server import ServeProcess
-from .bench_workload import BenchRequest, mixed_requests, wanted_tokens
+from ...cluster.errors import EngineError
+from .mixed_requests import BenchRequest, mixed_requests, wanted_tokens
+from .report import Column, Report, measure_in_turn, publish, run_as_program
+from .serve_process import ServeProcess
 
 COLUMNS = [
     Column("clients", "requests"),
@@ -77,7 +77,7 @@ def main(
         "repeats": repeats,
         "flags": " ".join(flags),
     }
-    publish(Report("bench_http", settings, COLUMNS, rows, {"seconds": seconds, "output_tokens": tokens}), output)
+    publish(Report("over_http", settings, COLUMNS, rows, {"seconds": seconds, "output_tokens": tokens}), output)
 
 
 class CompletionClient:

@@ -13,12 +13,13 @@ from typing import Annotated
 
 import typer
 
-from ..cluster.errors import EngineError
-from .bench_report import run_as_program
+from ...cluster.errors import EngineError
+from .report import run_as_program
 
-PACKAGE = __name__.rpartition(".")[0]
-WITHOUT_MODEL = ("bench_scheduler", "bench_kv_waste", "bench_startup", "check_answers")
-WITH_MODEL = ("bench_step", "bench_transformers", "bench_http")
+assert __package__ is not None
+DEPLOY = __package__.rpartition(".")[0]
+WITHOUT_MODEL = ("bench.scheduler", "bench.kv_waste", "bench.startup", "check_answers")
+WITH_MODEL = ("bench.step", "bench.static_batches", "bench.over_http")
 
 
 def main(
@@ -29,19 +30,19 @@ def main(
     if not (model / "config.json").exists():
         run("make_bench_model", str(model))
     for name in WITHOUT_MODEL:
-        run(name, "--output", str(results / f"{name}.json"))
+        run(name, "--output", str(results / f"{name.rpartition('.')[2]}.json"))
     for name in WITH_MODEL:
-        run(name, str(model), "--output", str(results / f"{name}.json"))
+        run(name, str(model), "--output", str(results / f"{name.rpartition('.')[2]}.json"))
 
 
 def run(name: str, *arguments: str) -> None:
-    """Run one module of this folder as a program.
+    """Run one module of `deploy/` as a program.
 
     Raises:
         EngineError: it failed; it has said why.
     """
     print(f"\n{name} {' '.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", f"{PACKAGE}.{name}", *arguments]).returncode
+    code = subprocess.run([sys.executable, "-m", f"{DEPLOY}.{name}", *arguments]).returncode
     if code != 0:
         raise EngineError(f"{name} ended with code {code}")
 

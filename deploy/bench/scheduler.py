@@ -1,6 +1,6 @@
 """What scheduling costs: `schedule()` + `update()` with many running requests, in plain Python without a model.
 
-    python -m raytroupe.deploy.bench_scheduler
+    python -m raytroupe.deploy.bench.scheduler
 
 Every step is planned, answered with made-up tokens and taken in, as the engine loop does; the two calls are timed
 together, the making of the answer is not. Two loads: *decode*, in which all requests run from the first to the last
@@ -20,11 +20,11 @@ from typing import Annotated
 
 import typer
 
-from ..cluster.request import EngineRequest, SamplingParams
-from ..cluster.scheduler import Scheduler, SchedulerConfig
-from ..cluster.step import StepPlan, StepResult
-from .bench_report import Column, Report, percentile, publish, run_as_program
-from .bench_workload import mixed_requests
+from ...cluster.request import EngineRequest, SamplingParams
+from ...cluster.scheduler import Scheduler, SchedulerConfig
+from ...cluster.step import StepPlan, StepResult
+from .mixed_requests import mixed_requests
+from .report import Column, Report, percentile, publish, run_as_program
 
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
@@ -51,7 +51,7 @@ def main(
     rows = [measure("decode", decode_only(running), running, steps)]
     rows.append(measure("turnover", turnover(), running, steps))
     settings = {"running": running, "block_size": BLOCK_SIZE}
-    publish(Report("bench_scheduler", settings, COLUMNS, rows), output)
+    publish(Report("scheduler", settings, COLUMNS, rows), output)
 
 
 def decode_only(running: int) -> Iterator[EngineRequest]:

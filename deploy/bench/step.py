@@ -1,7 +1,7 @@
 """Where the time of an engine step goes: in the model, or around it.
 
     python -m raytroupe.deploy.make_bench_model bench-models/llama-254m
-    python -m raytroupe.deploy.bench_step bench-models/llama-254m
+    python -m raytroupe.deploy.bench.step bench-models/llama-254m
 
 Requests of equal length run at once in one process, so that nearly every step is one token for each of them. *Model*
 is the forward pass and sampling, as the shard reports them; *inputs* is the rest of the shard's work, from the plan to
@@ -18,11 +18,11 @@ from typing import Annotated
 
 import typer
 
-from ..actors.local_engine import LocalEngine
-from ..cluster.request import SamplingParams
-from ..cluster.step import StepResult
-from .bench_report import Column, Report, publish, run_as_program
-from .bench_workload import mixed_requests
+from ...actors.local_engine import LocalEngine
+from ...cluster.request import SamplingParams
+from ...cluster.step import StepResult
+from .mixed_requests import mixed_requests
+from .report import Column, Report, publish, run_as_program
 
 COLUMNS = [
     Column("part", "part"),
@@ -79,7 +79,7 @@ def main(
         "dtype": dtype,
         "threads": threads,
     }
-    publish(Report("bench_step", settings, COLUMNS, rows, {"steps": len(results), "seconds": wall}), output)
+    publish(Report("step", settings, COLUMNS, rows, {"steps": len(results), "seconds": wall}), output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much of the KV cache that requests hold is empty: the ends of their last blocks.
 
-    python -m raytroupe.deploy.bench_kv_waste
+    python -m raytroupe.deploy.bench.kv_waste
 
 A real run of an embedded model with more requests than run at once, so that some are always beginning and some ending.
 After every step the slots in held blocks are compared with the tokens in them; the table has the totals over all steps.
@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..actors.local_engine import LocalEngine
-from ..cluster.request import SamplingParams
-from ..cluster.step import StepResult
-from .bench_report import Column, Report, publish, run_as_program
-from .bench_workload import mixed_requests
-from .model_folder import DEMO_MODELS
+from ...actors.local_engine import LocalEngine
+from ...cluster.request import SamplingParams
+from ...cluster.step import StepResult
+from ..model_folder import DEMO_MODELS
+from .mixed_requests import mixed_requests
+from .report import Column, Report, publish, run_as_program
 
 LOADS = {"long": ((256, 768), (16, 256)), "short": ((256, 256), (16, 32))}
 """Ranges of prompt and output lengths."""
@@ -46,7 +46,7 @@ def main(
     """Measure the internal waste of the KV cache."""
     rows = [measure(load, model, requests, running, block_size) for load in LOADS]
     settings = {"model": model.name, "requests": requests, "running": running, "block_size": block_size}
-    publish(Report("bench_kv_waste", settings, COLUMNS, rows), output)
+    publish(Report("kv_waste", settings, COLUMNS, rows), output)
 
 
 def measure(load: str, model: Path, requests: int, running: int, block_size: int) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from raytroupe.deploy import bench_scheduler
-from raytroupe.deploy.bench_report import Column, Report, measure_in_turn, percentile, publish
-from raytroupe.deploy.bench_workload import mixed_requests, wanted_tokens
+from raytroupe.deploy.bench import scheduler as bench_scheduler
+from raytroupe.deploy.bench.mixed_requests import mixed_requests, wanted_tokens
+from raytroupe.deploy.bench.report import Column, Report, measure_in_turn, percentile, publish
 from raytroupe.deploy.make_bench_model import VOCAB_SIZE, bench_config, byte_tokenizer
 
 

@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
-from ..cluster.errors import TroupeError
+from ... import __version__
+from ...cluster.errors import TroupeError
 
 LIBRARIES = ("ray", "torch", "transformers", "pyzmq", "numpy")
 

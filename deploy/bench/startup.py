@@ -1,6 +1,6 @@
 """From the start of the `troupe serve` process to the first streamed token, and what the time is spent on.
 
-    python -m raytroupe.deploy.bench_startup
+    python -m raytroupe.deploy.bench.startup
 
 The server is started anew for every repeat. A line of the table is an event: what the server printed, `/health`
 answering 200, or the first token of a streamed chat, which is asked for as soon as the server is healthy. The table
@@ -18,9 +18,9 @@ from typing import Annotated
 import httpx
 import typer
 
-from ..cluster.errors import EngineError
-from .bench_report import Column, Report, publish, run_as_program
-from .bench_server import ServeProcess
+from ...cluster.errors import EngineError
+from .report import Column, Report, publish, run_as_program
+from .serve_process import ServeProcess
 
 COLUMNS = [
     Column("event", "event"),
@@ -50,9 +50,7 @@ def main(
     totals = [events[-1][0] for events in runs]
     settings = {"arguments": " ".join(arguments or []), "repeats": repeats}
     publish(
-        Report(
-            "bench_startup", settings, COLUMNS, rows, {"totals": totals, "median_of_totals": statistics.median(totals)}
-        ),
+        Report("startup", settings, COLUMNS, rows, {"totals": totals, "median_of_totals": statistics.median(totals)}),
         output,
     )
 

@@ -11,8 +11,8 @@ import time
 
 import httpx
 
-from ..cluster.errors import EngineError
-from .local_machine import free_ports
+from ...cluster.errors import EngineError
+from ..local_machine import free_ports
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 60.0

@@ -1,7 +1,7 @@
 """Continuous batching against static batches: the same mixed requests by Troupe and by transformers' `generate`.
 
     python -m raytroupe.deploy.make_bench_model bench-models/llama-254m
-    python -m raytroupe.deploy.bench_transformers bench-models/llama-254m
+    python -m raytroupe.deploy.bench.static_batches bench-models/llama-254m
 
 Both run in this process with the same threads and dtype, in turn. transformers pads the prompts of a batch on the left
 and generates until the longest request of the batch has its tokens; only tokens that were asked for count. Troupe takes
@@ -21,10 +21,10 @@ import typer
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from ..actors.local_engine import LocalEngine
-from ..cluster.request import SamplingParams
-from .bench_report import Column, Report, measure_in_turn, publish, run_as_program
-from .bench_workload import BenchRequest, mixed_requests, wanted_tokens
+from ...actors.local_engine import LocalEngine
+from ...cluster.request import SamplingParams
+from .mixed_requests import BenchRequest, mixed_requests, wanted_tokens
+from .report import Column, Report, measure_in_turn, publish, run_as_program
 
 PAD = 0
 COLUMNS = [
@@ -82,9 +82,7 @@ def main(
         for side, median in medians.items()
     ]
     settings = {"model": model.name, "requests": requests, "dtype": dtype, "threads": threads, "repeats": repeats}
-    publish(
-        Report("bench_transformers", settings, COLUMNS, rows, {"seconds": seconds, "wanted_tokens": tokens}), output
-    )
+    publish(Report("static_batches", settings, COLUMNS, rows, {"seconds": seconds, "wanted_tokens": tokens}), output)
 
 
 @torch.inference_mode()
