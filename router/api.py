@@ -5,7 +5,7 @@ body ─ parse_request ─▶ prepare_* ─▶ Job ─ run_choices ─▶ deltas
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -17,8 +17,8 @@ from ..cluster.messages import ModelCard
 from .body_limit import BodyLimit
 from .engine_client import EngineClient
 from .error_response import ErrorBoundary, error_body, install_error_handlers, report
-from .event_stream import ClientGone, EventStream, while_connected
-from .generation import Choice, Delta, run_choices
+from .event_stream import ClientGone, EventStream, ServerSend, while_connected
+from .generation import Choice, Delta, Updates, run_choices
 from .metrics import IngressMetrics, RequestTimer
 from .preparation import Job, ServedModel, find_model, prepare_chat, prepare_completion
 from .protocol import ChatCompletionRequest, CompletionRequest
@@ -57,6 +57,7 @@ def build_app(
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     app.add_middleware(ErrorBoundary)
+    app.add_middleware(ServerSend)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
@@ -90,44 +91,31 @@ def build_app(
 
     async def answer(http: Request, job: Job) -> Response:
         headers = {"x-request-id": job.format.options.id}
-        updates = _timed(run_choices(job.choices, engine, job.model), RequestTimer(recorder, job.model))
+        timer = RequestTimer(recorder, job.model, len(job.choices))
+        updates = run_choices(job.choices, engine, job.model)
         try:
             if not job.stream:
-                body = await while_connected(http, _collect(job, updates))
+                body = await while_connected(http, _collect(job, updates, timer))
                 return Response(body, headers=headers, media_type="application/json")
+            encoder = StreamEncoder(job, timer)
             try:  # until the first token a failure still has its own HTTP status
-                first = await while_connected(http, anext(updates))
+                first = encoder.event(await while_connected(http, anext(updates)))
             except BaseException:
                 await updates.aclose()  # that token may have come in the moment in which the client left
                 raise
-            return EventStream(_events(job, first, updates), updates.aclose, headers)
+            return EventStream(first, updates, encoder, headers)
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     return app
 
 
-Updates = AsyncGenerator[tuple[Choice, Delta], None]
-
-
-async def _timed(updates: Updates, timer: RequestTimer) -> Updates:
-    """The same updates, with their times recorded."""
-    try:
-        async for choice, delta in updates:
-            timer.tokens(choice.index, len(delta.tokens))
-            if delta.finish_reason is not None:
-                timer.choice_finished(delta.finish_reason)
-            yield choice, delta
-        timer.finished()
-    finally:
-        await updates.aclose()
-
-
-async def _collect(job: Job, updates: Updates) -> bytes:
+async def _collect(job: Job, updates: Updates, timer: RequestTimer) -> bytes:
     """The whole response body."""
     parts: list[list[Delta]] = [[] for _ in job.choices]
     try:
         async for choice, delta in updates:
+            timer.update(choice.index, len(delta.tokens), delta.finish_reason)
             parts[choice.index].append(delta)
     finally:
         await updates.aclose()
@@ -143,25 +131,33 @@ def _joined(deltas: list[Delta]) -> Delta:
     )
 
 
-async def _events(job: Job, first: tuple[Choice, Delta], updates: Updates) -> AsyncGenerator[bytes, None]:
-    """The server-sent events of a stream. An error after the first token becomes an event of its own."""
-    opened: set[int] = set()
+class StreamEncoder:
+    """Writes the updates of one request as server-sent events, and takes their times."""
 
-    def event(choice: Choice, delta: Delta) -> bytes:
-        opening = b"" if choice.index in opened else job.format.opening(choice)
-        opened.add(choice.index)
-        return opening + job.format.chunk(choice, delta, job.choices)
+    def __init__(self, job: Job, timer: RequestTimer) -> None:
+        self._choices = job.choices
+        self._format = job.format
+        self._timer = timer
+        self._opened: set[int] = set()
 
-    try:
-        if data := event(*first):
-            yield data
-        async for choice, delta in updates:
-            if data := event(choice, delta):
-                yield data
-        yield job.format.closing(job.choices)
-    except Exception as error:
+    def event(self, update: tuple[Choice, Delta]) -> bytes:
+        """The events for what a choice has gained; no bytes if that is nothing to tell yet."""
+        choice, delta = update
+        self._timer.update(choice.index, len(delta.tokens), delta.finish_reason)
+        data = self._format.chunk(choice, delta, self._choices)
+        if choice.index in self._opened:
+            return data
+        self._opened.add(choice.index)
+        return self._format.opening(choice) + data
+
+    def closing(self) -> bytes:
+        """The events after the last update."""
+        return self._format.closing(self._choices)
+
+    def failure(self, error: Exception) -> bytes:
+        """The events in place of what an error has prevented: it came too late for an HTTP status."""
         report(error)
-        yield sse_event(error_body(error)) + STREAM_END
+        return sse_event(error_body(error)) + STREAM_END
 
 
 def _json(data: dict[str, Any], status: int = 200) -> Response:

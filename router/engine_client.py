@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from ..cluster.request import EngineRequest, TokenOutput
 
 
+class TokenStream(Protocol):
+    """The outputs of one request; an async generator of them is one."""
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
+
+    async def __anext__(self) -> TokenOutput: ...
+
+    async def aclose(self) -> None:
+        """Stop; the request is aborted unless its last output was given."""
+
+
 class EngineClient(Protocol):
     """Runs requests on some replica of a model."""
 
-    def generate(self, model: str, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Run `request` on `model` and yield its tokens as they come; the last output has a finish reason.
+    def generate(self, model: str, request: EngineRequest) -> TokenStream:
+        """Run `request` on `model` and give its tokens as they come; the last output has a finish reason.
 
-        A reader that is slow gets several tokens in one output. Closing the generator aborts the request.
+        A reader that is slow gets several tokens in one output. Closing the stream aborts the request.
 
         Raises:
             QueueFull: too many requests wait.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 from ..cluster.errors import EngineError
 from ..cluster.request import EngineRequest, TokenLogprobs, TokenOutput
@@ -23,7 +24,7 @@ class TokenChance:
     """Characters of the answer before this token."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What one engine output adds to a choice."""
 
@@ -72,9 +73,15 @@ class Choice:
         self._detokenizer = Detokenizer(tokenizer, request.prompt, skip_special_tokens=skip_special_tokens)
         self._stops = StopStrings(stop, include=include_stop)
         self._characters = 0
+        self._text_only = not stop and request.sampling.logprobs is None
 
     def feed(self, output: TokenOutput) -> Delta:
         """Take in what an engine step produced. Tokens after a stop string are dropped."""
+        if self._text_only and output.finish_reason is None:  # as most are: one token with nothing to look for in it
+            self.completion_tokens += len(output.tokens)
+            self.cached_tokens = self.cached_tokens or output.cached_tokens
+            push = self._detokenizer.push
+            return Delta("".join([push(token) for token in output.tokens]), output.tokens)
         delta = Delta()
         pieces = []
         self.cached_tokens = self.cached_tokens or output.cached_tokens
@@ -100,56 +107,83 @@ class Choice:
         delta.finish_reason = self.finish_reason
         return delta
 
-    async def run(self, engine: EngineClient, model: str) -> AsyncGenerator[Delta, None]:
-        """Generate until the answer is complete. Closing the generator aborts the engine request."""
-        outputs = engine.generate(model, self.request)
+
+class ChoiceStream:
+    """What one choice gains, as it comes: an async iterator of (choice, delta) up to its finish reason.
+
+    Every streamed token passes here, so this is a class and not an async generator, which costs more per item.
+    """
+
+    def __init__(self, choice: Choice, engine: EngineClient, model: str) -> None:
+        """Generate `choice` on `model` as soon as the first delta is asked for."""
+        self._choice = choice
+        self._outputs = engine.generate(model, choice.request)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[Choice, Delta]:
+        choice = self._choice
         try:
-            async for output in outputs:
-                yield self.feed(output)
-                if self.finish_reason is not None:
-                    return
-            raise EngineError(f"request {self.request.request_id} ended without a finish reason")
-        finally:
-            await outputs.aclose()
+            if choice.finish_reason is not None:
+                raise StopAsyncIteration
+            try:
+                output = await self._outputs.__anext__()
+            except StopAsyncIteration:
+                raise EngineError(f"request {choice.request.request_id} ended without a finish reason") from None
+            return choice, choice.feed(output)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Stop; the engine request is aborted unless it has ended."""
+        await self._outputs.aclose()
 
 
-async def run_choices(
-    choices: Sequence[Choice], engine: EngineClient, model: str
-) -> AsyncGenerator[tuple[Choice, Delta], None]:
-    """Generate all `choices` at once and yield what each adds, as it comes. Closing the generator aborts them all.
+class Updates(Protocol):
+    """What the choices of a request gain, as it comes: an async iterator of (choice, delta)."""
+
+    def __aiter__(self) -> AsyncIterator[tuple[Choice, Delta]]: ...
+
+    async def __anext__(self) -> tuple[Choice, Delta]: ...
+
+    async def aclose(self) -> None:
+        """Stop; what has not ended is aborted."""
+
+
+def run_choices(choices: Sequence[Choice], engine: EngineClient, model: str) -> Updates:
+    """Generate all `choices` at once and give what each gains, as it comes. Closing the stream aborts them all.
 
     The engine's outputs wait in its client until they are asked for, so a slow reader gets fewer, larger deltas.
     """
     if len(choices) == 1:
-        deltas = choices[0].run(engine, model)
-        try:
-            async for delta in deltas:
-                yield choices[0], delta
-        finally:
-            await deltas.aclose()
-        return
+        return ChoiceStream(choices[0], engine, model)
+    return _merged([ChoiceStream(choice, engine, model) for choice in choices])
 
-    arrived: asyncio.Queue[tuple[Choice, Delta | Exception]] = asyncio.Queue(maxsize=1)
 
-    async def pump(choice: Choice) -> None:
-        deltas = choice.run(engine, model)
+async def _merged(streams: Sequence[ChoiceStream]) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    """The updates of several choices, each read in a task of its own."""
+    arrived: asyncio.Queue[tuple[Choice, Delta] | Exception] = asyncio.Queue(maxsize=1)
+
+    async def pump(stream: ChoiceStream) -> None:
         try:
-            async for delta in deltas:
-                await arrived.put((choice, delta))
+            async for update in stream:
+                await arrived.put(update)
         except Exception as error:  # the reader raises it; nothing may be lost in a task
-            await arrived.put((choice, error))
+            await arrived.put(error)
         finally:
-            await deltas.aclose()
+            await stream.aclose()
 
-    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     try:
-        running = len(choices)
+        running = len(streams)
         while running:
-            choice, item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            running -= item.finish_reason is not None
-            yield choice, item
+            update = await arrived.get()
+            if isinstance(update, Exception):
+                raise update
+            running -= update[1].finish_reason is not None
+            yield update
     finally:
         for task in tasks:
             task.cancel()

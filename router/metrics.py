@@ -45,11 +45,22 @@ class IngressMetrics:
 class RequestTimer:
     """Takes the times of one request; one object per HTTP request."""
 
-    def __init__(self, metrics: IngressMetrics, model: str) -> None:
+    def __init__(self, metrics: IngressMetrics, model: str, choices: int = 1) -> None:
+        """Begin to time a request for `choices` answers of `model`."""
         self._metrics = metrics
         self._tags = {"model_name": model}
         self._begun = time.perf_counter()
         self._last: dict[int, float] = {}
+        self._running = choices
+
+    def update(self, choice: int, tokens: int, finish_reason: str | None) -> None:
+        """A choice has gained `tokens` tokens, and has ended if there is a reason."""
+        self.tokens(choice, tokens)
+        if finish_reason is not None:
+            self.choice_finished(finish_reason)
+            self._running -= 1
+            if not self._running:
+                self.finished()
 
     def tokens(self, choice: int, count: int) -> None:
         """`count` tokens of a choice have arrived together."""

@@ -9,35 +9,23 @@ on seed and position only, so the client cannot tell.
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import itertools
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Self
 
 import msgspec
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from ..cluster import errors
-from ..cluster.messages import GenerateCall, GenerateReply
 from ..cluster.request import EngineRequest, TokenOutput
-from .token_receiver import Mailbox, TokenReceiver, TokensMissing
+from .replica_attempt import ReplicaAttempt, ReplicaLost, ReplicaStepFailed
+from .token_receiver import TokenReceiver, TokensMissing
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 1
 """So many raised steps are a replica's own fault; one more, and the request itself is the suspect."""
 MAX_RETRY_WAIT_SECONDS = 5.0
-
-
-class _ReplicaLost(Exception):
-    """The replica cannot finish the request, but another one can."""
-
-
-class _StepFailed(_ReplicaLost):
-    """The replica raised while it computed the request, which may be the cause."""
 
 
 class ReplicaClient:
@@ -77,123 +65,15 @@ class ReplicaClient:
         self._resumption_timeout_s = resumption_timeout_s
         self._straggler_timeout_s = straggler_timeout_s
         self._health_timeout_s = health_timeout_s
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(GenerateReply)
 
-    async def generate(self, model: str, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Run `request` on a replica of `model`; see `EngineClient`."""
-        self._receiver.start()
-        known = list(request.generated)
-        losses = failed_steps = retries = 0
-        now = asyncio.get_running_loop().time
-        deadline = now() + self._acceptance_timeout_s
-        for attempt in itertools.count():
-            # A new id each time: tokens of the dead replica may still be on their way.
-            current = msgspec.structs.replace(request, request_id=f"{request.request_id}~{attempt}", generated=[*known])
-            outputs = self._attempt(model, current, deadline)
-            try:
-                async for output in outputs:
-                    known.extend(output.tokens)
-                    yield output
-                return
-            except _ReplicaLost as lost:
-                losses += 1
-                failed_steps += isinstance(lost, _StepFailed)
-                if failed_steps > MAX_FAILED_STEPS:  # else it could take down one replica after another
-                    raise errors.EngineError(
-                        f"request {request.request_id} was in {failed_steps} steps that failed: {lost}"
-                    ) from lost
-                if losses > self._max_resubmissions:
-                    raise errors.ReplicaUnavailable(
-                        f"no replica of {model!r} could finish the request after {losses} attempts; try again later"
-                    ) from lost
-                logger.warning(
-                    "request %s lost its replica after %d tokens (%s); resubmitting",
-                    request.request_id,
-                    len(known),
-                    lost,
-                )
-                deadline, retries = now() + self._resumption_timeout_s, losses - 1
-            except (errors.QueueFull, errors.ReplicaUnavailable):
-                # A client whose answer has begun cannot send the request again, so we do.
-                if not losses or now() >= deadline:
-                    raise
-                retries += 1
-            finally:
-                await outputs.aclose()
-            await asyncio.sleep(min(self._retry_wait_s * 2**retries, MAX_RETRY_WAIT_SECONDS))
+    def generate(self, model: str, request: EngineRequest) -> Generation:
+        """Run `request` on a replica of `model`, from the first `anext` on; see `EngineClient`."""
+        return Generation(self, model, request)
 
     async def stalled_models(self) -> list[str]:
         """Models of which no replica answers that it makes progress."""
         healthy = await asyncio.gather(*(self._makes_progress(handle) for handle in self._handles.values()))
         return [model for model, ok in zip(self._handles, healthy, strict=True) if not ok]
-
-    async def _attempt(self, model: str, request: EngineRequest, deadline: float) -> AsyncGenerator[TokenOutput, None]:
-        """Outputs of `request` from one replica, which has to accept it before `deadline` (loop time).
-
-        Raises:
-            _ReplicaLost: the request has to go elsewhere.
-            ReplicaUnavailable: no replica has accepted it.
-        """
-        payload = self._encoder.encode(GenerateCall(request=request, reply_to=self._receiver.endpoint))
-        with self._receiver.open(request.request_id, len(request.generated)) as mailbox:
-            # Serve keys a call by the HTTP request that it was made for, and loses track of a second one under the
-            # same key. An empty context gives every choice its own.
-            response = contextvars.Context().run(self._handles[model].generate.remote, payload)
-            control = asyncio.create_task(self._control(response, mailbox))
-            finished = False
-            try:
-                output = await self._accepted(mailbox, model, deadline)
-                while output is not None:
-                    finished = output.finish_reason is not None
-                    if output.tokens:
-                        yield output
-                    if finished:
-                        return
-                    output = await mailbox.get()
-                raise _ReplicaLost("its last tokens never came")
-            except TokensMissing as missing:
-                raise _ReplicaLost(str(missing)) from None
-            finally:
-                if not finished:
-                    response.cancel()
-                control.cancel()
-                await asyncio.gather(control, return_exceptions=True)
-
-    async def _accepted(self, mailbox: Mailbox, model: str, deadline: float) -> TokenOutput | None:
-        """The first output, which says that a replica has the request."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await mailbox.get()
-        except TimeoutError:
-            raise errors.ReplicaUnavailable(
-                f"no replica of {model!r} has accepted the request in time; try again later"
-            ) from None
-
-    async def _control(self, response: Any, mailbox: Mailbox) -> None:
-        """Wait for the end of the control call and close the mailbox with what it says."""
-        try:
-            reply = self._decoder.decode(await response)
-        except asyncio.CancelledError:
-            mailbox.close(_ReplicaLost("cancelled"))
-            raise
-        except RayTaskError as error:
-            mailbox.close(errors.EngineError(f"generate() failed on the replica: {error.cause!r}"))
-        except BackPressureError as error:
-            mailbox.close(errors.QueueFull(str(error)))
-        except DeploymentUnavailableError as error:
-            mailbox.close(errors.ReplicaUnavailable(str(error)))
-        except RayError as error:
-            # The actor, its worker or its node died, or the replica was taken down before the request was done.
-            mailbox.close(_ReplicaLost(type(error).__name__))
-        except Exception as error:
-            mailbox.close(error)
-        else:
-            if reply.error is not None:
-                mailbox.close(_error_of(reply))
-                return
-            await asyncio.sleep(self._straggler_timeout_s)
-            mailbox.close()
 
     async def _makes_progress(self, handle: DeploymentHandle) -> bool:
         """True if one of the deployment's replicas says that it is healthy."""
@@ -207,16 +87,105 @@ class ReplicaClient:
         return any(not isinstance(reply, BaseException) for reply in replies)
 
 
-def _error_of(reply: GenerateReply) -> Exception:
-    """The exception that a replica's reply stands for."""
-    message = reply.error or ""
-    kind = getattr(errors, reply.error_kind or "", None)
-    if kind is errors.QueueFull:
-        return errors.QueueFull(message, retry_after=reply.retry_after)
-    if kind is errors.EngineError or kind is errors.StepFailed:
-        return _StepFailed(message)
-    if isinstance(kind, type) and issubclass(kind, errors.EngineError | errors.ReplicaUnavailable):
-        return _ReplicaLost(message)
-    if isinstance(kind, type) and issubclass(kind, errors.RequestError):
-        return kind(message)
-    return errors.EngineError(message)
+class Generation:
+    """One request on its way through the replicas of its model: an async iterator of its outputs.
+
+    It is a class, not an async generator, because every token of every stream passes here: a generator costs three
+    times as much per item, and this one would need two.
+    """
+
+    def __init__(self, client: ReplicaClient, model: str, request: EngineRequest) -> None:
+        """Nothing is sent before the first output is asked for."""
+        self._client = client
+        self._model = model
+        self._request = request
+        self._known = list(request.generated)
+        self._attempt: ReplicaAttempt | None = None
+        self._attempts = self._losses = self._failed_steps = self._retries = 0
+        self._deadline = 0.0
+        """Until then (loop time) a replica has to accept the request."""
+        self._finished = self._closed = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        if self._finished or self._closed:
+            await self.aclose()
+            raise StopAsyncIteration
+        try:
+            while True:
+                try:
+                    if self._attempt is not None:
+                        output = await self._attempt.mailbox.get()
+                    else:
+                        self._attempt = self._submit()
+                        output = await self._attempt.accepted(self._model, self._deadline)
+                    if output is None:
+                        raise ReplicaLost("its last tokens never came")
+                except (ReplicaLost, TokensMissing, errors.QueueFull, errors.ReplicaUnavailable) as error:
+                    await self._end_attempt()
+                    await self._before_retry(error)
+                    continue
+                if output.finish_reason is not None:
+                    self._finished = True
+                if output.tokens:
+                    self._known.extend(output.tokens)
+                    return output
+                if self._finished:
+                    raise StopAsyncIteration
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Stop; a request that is not finished is aborted. May be called twice."""
+        self._closed = True
+        await self._end_attempt()
+
+    def _submit(self) -> ReplicaAttempt:
+        client = self._client
+        if self._attempts == 0:
+            client._receiver.start()
+            self._deadline = asyncio.get_running_loop().time() + client._acceptance_timeout_s
+        # A new id each time: tokens of the dead replica may still be on their way.
+        request_id = f"{self._request.request_id}~{self._attempts}"
+        self._attempts += 1
+        request = msgspec.structs.replace(self._request, request_id=request_id, generated=[*self._known])
+        return ReplicaAttempt(client._handles[self._model], client._receiver, request, client._straggler_timeout_s)
+
+    async def _end_attempt(self) -> None:
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            await attempt.close(finished=self._finished)
+
+    async def _before_retry(self, error: Exception) -> None:
+        """Wait until it is time to send the request again.
+
+        Raises:
+            EngineError, ReplicaUnavailable, QueueFull: it should not be sent again.
+        """
+        client, request_id = self._client, self._request.request_id
+        now = asyncio.get_running_loop().time()
+        if isinstance(error, errors.QueueFull | errors.ReplicaUnavailable):
+            # A client whose answer has begun cannot send the request again, so we do.
+            if not self._losses or now >= self._deadline:
+                raise error
+            self._retries += 1
+        else:
+            self._losses += 1
+            self._failed_steps += isinstance(error, ReplicaStepFailed)
+            if self._failed_steps > MAX_FAILED_STEPS:  # else it could take down one replica after another
+                raise errors.EngineError(
+                    f"request {request_id} was in {self._failed_steps} steps that failed: {error}"
+                ) from error
+            if self._losses > client._max_resubmissions:
+                raise errors.ReplicaUnavailable(
+                    f"no replica of {self._model!r} could finish the request after {self._losses} attempts; "
+                    "try again later"
+                ) from error
+            logger.warning(
+                "request %s lost its replica after %d tokens (%s); resubmitting", request_id, len(self._known), error
+            )
+            self._deadline, self._retries = now + client._resumption_timeout_s, self._losses - 1
+        await asyncio.sleep(min(client._retry_wait_s * 2**self._retries, MAX_RETRY_WAIT_SECONDS))

@@ -38,7 +38,8 @@ class Mailbox:
         self._waiting: TokenOutput | None = None
         self._error: BaseException | None = None
         self._closed = False
-        self._changed = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """What the reader waits for; there is one reader. A plain future costs a third of an event."""
 
     def put(self, output: TokenOutput) -> None:
         """Add an output, which belongs to the mailbox from now on; it becomes part of the one that waits.
@@ -59,12 +60,12 @@ class Mailbox:
             self._waiting = output
         else:
             absorb(self._waiting, output)
-        self._changed.set()
+        self._wake()
 
     def close(self, error: BaseException | None = None) -> None:
         """No more outputs are expected; a reader without any gets `error`, or None."""
         self._closed, self._error = True, error
-        self._changed.set()
+        self._wake()
 
     async def get(self) -> TokenOutput | None:
         """The next output, all that has arrived in one; None if the mailbox is closed and empty."""
@@ -73,10 +74,17 @@ class Mailbox:
                 raise self._error
             if self._closed:
                 return None
-            self._changed.clear()
-            await self._changed.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
         output, self._waiting = self._waiting, None
         return output
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 def drop_first(output: TokenOutput, count: int) -> None:
