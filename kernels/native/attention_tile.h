@@ -1,0 +1,225 @@
+// Products with a tile of keys or values. Both are packed as linear.h packs weights, so that every product is a sum over
+// steps of a vector of the tile × a broadcast of the other side, and no sum runs across a vector's lanes:
+//
+//     keys      [panels of 4 × 16 tokens][head_dim / 2][blocks of 16 tokens][2 dimensions]
+//     values    [panels of 4 × 16 dimensions][tokens / 2][blocks of 16 dimensions][2 tokens]
+//
+// With bfloat16 and the instructions for it: pairs of bfloat16, multiplied two at a time. Otherwise float32, one at a
+// time: bfloat16 is widened once, here, and not in every product.
+
+constexpr int TILE_TOKENS = 64;
+#if NATIVE_AVX512
+constexpr int PANEL = 4;        // blocks of a panel
+constexpr int PRODUCT_ROWS = 6; // rows × blocks sums are in registers
+#else
+constexpr int PANEL = 2;
+constexpr int PRODUCT_ROWS = 3;
+#endif
+
+// What the cache's elements become in a packed tile.
+template <typename element> struct Packed {
+    typedef float type;
+};
+#if NATIVE_BFLOAT16
+template <> struct Packed<uint16_t> {
+    typedef uint16_t type;
+};
+#endif
+
+INLINE int blocks_of(int count) { return (count + LANES - 1) / LANES; }
+
+template <typename packed> INLINE int steps_of(int count)
+{
+    return (count + PER_STEP<packed> - 1) / PER_STEP<packed>;
+}
+
+// The first sixteen steps of `count` values in a row, zeros behind the end; nothing behind it is read.
+template <typename packed, typename element> INLINE signed_bits load_steps(const element *values, int count)
+{
+    constexpr int full = LANES * PER_STEP<packed>;
+    if constexpr (sizeof(packed) == 2) {
+        signed_bits bits = {};
+        if (count >= full)
+            memcpy(&bits, values, sizeof bits);
+        else
+#if NATIVE_AVX512
+            bits = (signed_bits)_mm512_maskz_loadu_epi16((1u << count) - 1, values);
+#else
+            memcpy(&bits, values, count * sizeof(element));
+#endif
+        return bits;
+    } else
+        return (signed_bits)(count >= full ? load_lanes(values) : load_some(values, count));
+}
+
+// rows[i][j] becomes rows[j][i].
+INLINE void transpose(signed_bits (&rows)[LANES])
+{
+#if NATIVE_AVX512
+    __m512i pairs[LANES], fours[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) { // quarter q of fours[i + j]: column 4 q + j of rows i to i + 3
+        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        const __m512i even_upper = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+        const __m512i odd_upper = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
+        const __m512i even_lower = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+        const __m512i odd_lower = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
+        rows[j] = (signed_bits)_mm512_shuffle_i32x4(even_upper, even_lower, 0x88);
+        rows[4 + j] = (signed_bits)_mm512_shuffle_i32x4(odd_upper, odd_lower, 0x88);
+        rows[8 + j] = (signed_bits)_mm512_shuffle_i32x4(even_upper, even_lower, 0xdd);
+        rows[12 + j] = (signed_bits)_mm512_shuffle_i32x4(odd_upper, odd_lower, 0xdd);
+    }
+#else
+    float in[LANES][LANES], out[LANES][LANES];
+    memcpy(in, rows, sizeof in);
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < LANES; j += 4) {
+#if defined(__x86_64__)
+            __m128 a = _mm_loadu_ps(&in[i][j]), b = _mm_loadu_ps(&in[i + 1][j]);
+            __m128 c = _mm_loadu_ps(&in[i + 2][j]), d = _mm_loadu_ps(&in[i + 3][j]);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps(&out[j][i], a);
+            _mm_storeu_ps(&out[j + 1][i], b);
+            _mm_storeu_ps(&out[j + 2][i], c);
+            _mm_storeu_ps(&out[j + 3][i], d);
+#else
+            for (int row = i; row < i + 4; row++)
+                for (int column = j; column < j + 4; column++)
+                    out[column][row] = in[row][column];
+#endif
+        }
+    memcpy(rows, out, sizeof out);
+#endif
+}
+
+// Where block `block` of step 0 lies in a packed tile of `steps` steps and `blocks` blocks, and how far apart its steps.
+INLINE signed_bits *packed_block(signed_bits *tile, int block, int blocks, int steps, int &width)
+{
+    const int panel = block / PANEL, left = blocks - panel * PANEL;
+    width = left < PANEL ? left : PANEL;
+    return tile + (int64_t)panel * PANEL * steps + block % PANEL;
+}
+
+// Sixteen keys, tokens 16 * block and following, as block `block` of a packed tile of `blocks` blocks.
+template <typename packed, typename element>
+INLINE void pack_keys(signed_bits *tile, const element *const *keys, int block, int blocks, int dim)
+{
+    const int steps = steps_of<packed>(dim);
+    int width;
+    signed_bits *target = packed_block(tile, block, blocks, steps, width);
+    for (int step = 0; step < steps; step += LANES) {
+        signed_bits rows[LANES];
+        for (int i = 0; i < LANES; i++)
+            rows[i] = load_steps<packed>(keys[block * LANES + i] + step * PER_STEP<packed>, dim - step * PER_STEP<packed>);
+        transpose(rows);
+        if (steps - step >= LANES)
+            for (int i = 0; i < LANES; i++)
+                target[(int64_t)(step + i) * width] = rows[i];
+        else
+            for (int i = 0; i < steps - step; i++)
+                target[(int64_t)(step + i) * width] = rows[i];
+    }
+}
+
+// The values of one step's tokens.
+template <typename packed, typename element>
+INLINE void pack_values(signed_bits *tile, const element *const *values, int step, int steps, int dim)
+{
+    const int blocks = blocks_of(dim);
+    const element *const *rows = values + step * PER_STEP<packed>;
+    int width;
+    if constexpr (sizeof(packed) == 2) {
+#if NATIVE_AVX512
+        alignas(64) static const uint16_t lower[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        const __m512i first = _mm512_load_si512(lower), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+        for (int block = 0; block < blocks; block += 2) {
+            const __m512i a = (__m512i)load_steps<packed>(rows[0] + block * LANES, dim - block * LANES);
+            const __m512i b = (__m512i)load_steps<packed>(rows[1] + block * LANES, dim - block * LANES);
+            signed_bits *target = packed_block(tile, block, blocks, steps, width) + (int64_t)step * width;
+            target[0] = (signed_bits)_mm512_permutex2var_epi16(a, first, b);
+            if (block + 1 < blocks)
+                target[1] = (signed_bits)_mm512_permutex2var_epi16(a, second, b);
+        }
+#endif
+    } else
+        for (int block = 0; block < blocks; block++) {
+            signed_bits *target = packed_block(tile, block, blocks, steps, width) + (int64_t)step * width;
+            *target = load_steps<packed>(rows[0] + block * LANES, dim - block * LANES);
+        }
+}
+
+// out = keep * out + left × panel for ROWS rows and WIDTH blocks; without `keep`, out = left × panel.
+template <int ROWS, int WIDTH, typename packed>
+static void multiply_panel(const packed *left, int64_t left_stride, const signed_bits *panel, int steps, float *out,
+                           int64_t out_stride, const float *keep)
+{
+    lanes sums[ROWS][WIDTH];
+    for (int row = 0; row < ROWS; row++)
+        for (int block = 0; block < WIDTH; block++)
+            sums[row][block] = keep ? load_lanes(out + row * out_stride + block * LANES) * keep[row] : lanes{};
+    for (int step = 0; step < steps; step++) {
+        for (int row = 0; row < ROWS; row++) {
+            const packed *x = left + row * left_stride + step * PER_STEP<packed>;
+            for (int block = 0; block < WIDTH; block++)
+                if constexpr (sizeof(packed) == 2)
+                    sums[row][block] = dot_pairs(sums[row][block], panel[block], input_pair(x));
+                else
+                    sums[row][block] += (lanes)panel[block] * *x;
+        }
+        panel += WIDTH;
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int block = 0; block < WIDTH; block++)
+            store_lanes(out + row * out_stride + block * LANES, sums[row][block]);
+}
+
+template <int WIDTH, typename packed>
+INLINE void multiply_rows(int rows, const packed *left, int64_t left_stride, const signed_bits *panel, int steps,
+                          float *out, int64_t out_stride, const float *keep)
+{
+    switch (rows) {
+    case 1: return multiply_panel<1, WIDTH>(left, left_stride, panel, steps, out, out_stride, keep);
+    case 2: return multiply_panel<2, WIDTH>(left, left_stride, panel, steps, out, out_stride, keep);
+    case 3: return multiply_panel<3, WIDTH>(left, left_stride, panel, steps, out, out_stride, keep);
+#if NATIVE_AVX512
+    case 4: return multiply_panel<4, WIDTH>(left, left_stride, panel, steps, out, out_stride, keep);
+    case 5: return multiply_panel<5, WIDTH>(left, left_stride, panel, steps, out, out_stride, keep);
+    case 6: return multiply_panel<6, WIDTH>(left, left_stride, panel, steps, out, out_stride, keep);
+#endif
+    }
+}
+
+// out[row] = keep[row] * out[row] + left[row] × tile for all `rows` and `blocks`.
+template <typename packed>
+static void multiply(int rows, const packed *left, int64_t left_stride, const signed_bits *tile, int blocks, int steps,
+                     float *out, int64_t out_stride, const float *keep)
+{
+    const int parts = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+    for (int block = 0; block < blocks; block += PANEL) {
+        int width;
+        const signed_bits *panel = packed_block(const_cast<signed_bits *>(tile), block, blocks, steps, width);
+        for (int part = 0; part < parts; part++) {
+            const int first = rows * part / parts, count = rows * (part + 1) / parts - first;
+            const packed *x = left + first * left_stride;
+            float *target = out + first * out_stride + block * LANES;
+            const float *kept = keep ? keep + first : nullptr;
+            switch (width) {
+            case 1: multiply_rows<1>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
+            case 2: multiply_rows<2>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
+#if NATIVE_AVX512
+            case 3: multiply_rows<3>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
+            case 4: multiply_rows<4>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
+#endif
+            }
+        }
+    }
+}
