@@ -29,7 +29,7 @@ help:
 install: $(INSTALLED)
 
 # pip prints nothing unless it fails; the stamp is written last, so that an interrupted installation is taken up again.
-$(INSTALLED): pyproject.toml .ci/find-python $(wildcard kernels/native/*.c)
+$(INSTALLED): pyproject.toml .ci/find-python $(wildcard kernels/native/*.cpp kernels/native/*.h)
 	@set -e; python=$$(PYTHON='$(PYTHON)' .ci/find-python); \
 	echo "Installing into .venv with $$($$python --version); the first time this takes some minutes."; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $$python -m venv --clear .venv; \

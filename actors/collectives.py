@@ -90,7 +90,8 @@ class DistributedCollectives:
         # more are in flight than there are stages, so one that is so many sends old has long been received.
         if len(self._sending) > 2 * self._layout.pp_size:
             self._sending.popleft().wait()
-        work = dist.isend(hidden, self._layout.rank + self._layout.tp_size)
+        # A copy, because the decoder's next step overwrites what it returned.
+        work = dist.isend(hidden.clone(), self._layout.rank + self._layout.tp_size)
         assert work is not None
         self._sending.append(work)
 

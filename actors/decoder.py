@@ -11,18 +11,20 @@ there is no batch dimension and no padding.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..cluster.families import QKNorm
 from ..cluster.layer_spec import LayerSpec
 from ..cluster.model_spec import ModelSpec
 from ..cluster.topology import ShardLayout
 from ..kernels.attention_metadata import AttentionMetadata
-from ..kernels.attention_plan import AttentionPlan
-from ..kernels.backend import Kernels
+from ..kernels.interface import Kernels, Linear, Plan, Program, Rotation
 from ..kernels.linear import PlainLinear
+from ..kernels.moe import route, run_experts
+from ..kernels.norm import scale_by_rms, sum_of_squares
 from .collectives import Collectives
 from .kv_cache import KVCache
 from .rope import Rotary
@@ -44,7 +46,6 @@ class Decoder:
         """Takes the weights over: `weights.layers` is emptied, so that each may be packed and freed in turn."""
         self._spec, self._layout = spec, layout
         self._kernels, self._collectives = kernels, collectives
-        self._embedding = weights.embedding
         self._final_norm = weights.final_norm
         self._dtype = weights.layers[0].qkv.dtype
         device = weights.layers[0].qkv.device
@@ -53,14 +54,35 @@ class Decoder:
         for index in layout.layers(spec):
             layer = spec.layers[index]
             self._layers.append(_Layer(spec, layer, layout, weights.layers.pop(0), kernels, collectives))
-        self._head = None
-        if weights.head is not None:
-            # A tied matrix is also the embedding, which needs rows in order: packing it would hold it twice.
-            self._head = PlainLinear(weights.head) if spec.tie_word_embeddings else kernels.linear(weights.head, None)
-            weights.head = None
+        self._embedding: Linear | None = None
+        self._head: Linear | None = None
+        if weights.head is not None and weights.head is weights.embedding:
+            self._embedding = self._head = kernels.tied_linear(weights.head)
+        else:
+            if weights.embedding is not None:
+                self._embedding = PlainLinear(weights.embedding)
+            if weights.head is not None:
+                self._head = kernels.linear(weights.head)
+        weights.embedding = weights.head = None
         # As transformers does, the scale is rounded to the model's dtype: sqrt(3072) is 55.5 in bfloat16.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self._dtype).item()
-        self._first_token = layout.vocab(spec).start
+        self._vocabulary = layout.vocab(spec)
+        self._recorded: _RecordedLayers | None = None
+
+    def record(self, kv_cache: KVCache, max_tokens: int) -> None:
+        """Have the layers run as one program from now on, where the kernels can: for steps of at most `max_tokens`
+        tokens that use `kv_cache`."""
+        program = self._kernels.new_program(max_tokens)
+        if program is None:
+            return
+        hidden = program.buffer(self._spec.hidden_size, self._dtype)
+        rotations = [
+            (program.buffer(rope.rotary_dim // 2, torch.float32), program.buffer(rope.rotary_dim // 2, torch.float32))
+            for rope in self._spec.ropes
+        ]
+        with program.recording():
+            self._run_layers(hidden, rotations, program.plan(), kv_cache)
+        self._recorded = _RecordedLayers(program, kv_cache, hidden, rotations)
 
     @torch.inference_mode()
     def forward(
@@ -73,16 +95,28 @@ class Decoder:
             hidden: [T, hidden] from the stage before, changed in place; None on the first.
 
         Returns:
-            [T, hidden] for the next stage or for `logits`.
+            [T, hidden] for the next stage or for `logits`; valid until the next call.
         """
         if tokens is not None:
             hidden = self._embed(tokens)
         assert hidden is not None, "a later stage needs the hidden states of the one before"
-        plan = self._kernels.attention.plan(metadata, kv_cache.block_size)
-        rotations = [rotary.cos_sin(metadata.positions, self._dtype) for rotary in self._rotaries]
-        for index, layer in enumerate(self._layers):
-            layer.forward(hidden, rotations[layer.rope], plan, *kv_cache.layer(index))
+        plan = self._kernels.plan(metadata, kv_cache.block_size)
+        recorded = self._recorded
+        if recorded is not None and recorded.kv_cache is kv_cache:
+            rows = len(hidden)
+            for rotary, (cos, sin) in zip(self._rotaries, recorded.rotations, strict=True):
+                rotary.cos_sin(metadata.positions, out=(cos[:rows], sin[:rows]))
+            recorded.hidden[:rows] = hidden
+            recorded.program.run(plan)
+            return recorded.hidden[:rows]
+        self._run_layers(hidden, [rotary.cos_sin(metadata.positions) for rotary in self._rotaries], plan, kv_cache)
         return hidden
+
+    def _run_layers(self, hidden: Tensor, rotations: list[Rotation], plan: Plan, kv_cache: KVCache) -> None:
+        """Add all layers' contributions to `hidden` in place."""
+        for index, layer in enumerate(self._layers):
+            self._kernels.begin_layer()
+            layer.forward(hidden, rotations[layer.rope], plan, *kv_cache.layer(index))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -94,7 +128,7 @@ class Decoder:
         assert self._final_norm is not None
         spec = self._spec
         hidden = self._kernels.rms_norm(hidden, self._final_norm, spec.norm_eps)
-        logits = self._collectives.all_gather_last_dim(self._head(hidden))[:, : spec.vocab_size].float()
+        logits = self._collectives.all_gather_last_dim(self._head.float32(hidden))[:, : spec.vocab_size]
         if spec.logits_scale != 1.0:
             logits = logits * spec.logits_scale
         if spec.logits_softcap is not None:
@@ -105,13 +139,24 @@ class Decoder:
         """Every shard looks up the tokens whose rows it holds; the sum has each row once."""
         assert self._embedding is not None
         if self._layout.tp_size == 1:
-            hidden = functional.embedding(tokens, self._embedding)
+            hidden = self._embedding.rows(tokens)
         else:
-            local = tokens - self._first_token
-            elsewhere = (local < 0) | (local >= len(self._embedding))
-            hidden = functional.embedding(local.masked_fill_(elsewhere, 0), self._embedding)
+            local = tokens - self._vocabulary.start
+            elsewhere = (local < 0) | (local >= len(self._vocabulary))
+            hidden = self._embedding.rows(local.masked_fill_(elsewhere, 0))
             hidden = self._collectives.all_reduce(hidden.masked_fill_(elsewhere[:, None], 0))
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _RecordedLayers:
+    """A stage's layers as a program, and what it reads and writes."""
+
+    program: Program
+    kv_cache: KVCache
+    hidden: Tensor
+    """[max tokens, hidden], in and out."""
+    rotations: list[Rotation]
 
 
 class _Layer:
@@ -131,6 +176,7 @@ class _Layer:
         self._input_norm, self._attention_output_norm = weights.input_norm, weights.attention_output_norm
         self._mlp_input_norm, self._mlp_output_norm = weights.mlp_input_norm, weights.mlp_output_norm
         self._kernels, self._collectives = kernels, collectives
+        self._sharded = layout.tp_size > 1
         self._attention = _Attention(spec, layer, layout, weights, kernels, collectives)
         self._mlp: _MLP | _MoE
         if isinstance(weights.mlp, MLPWeights):
@@ -138,23 +184,38 @@ class _Layer:
         else:
             self._mlp = _MoE(weights.mlp, spec, kernels)
 
-    def forward(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan, k_cache: Tensor, v_cache: Tensor
-    ) -> None:
+    def forward(self, hidden: Tensor, rotation: Rotation, plan: Plan, k_cache: Tensor, v_cache: Tensor) -> None:
         """Add this layer's contribution to `hidden` [T, hidden] in place."""
-        attended = self._attention.forward(self._norm(hidden, self._input_norm), rotation, plan, k_cache, v_cache)
-        self._add(hidden, attended, self._attention_output_norm)
-        self._add(hidden, self._mlp.forward(self._norm(hidden, self._mlp_input_norm)), self._mlp_output_norm)
+        x = self._norm(hidden, self._input_norm)
+        attended = self._attention.forward(x, rotation, plan, k_cache, v_cache)
+        self._project(hidden, self._attention.output, attended, self._attention_output_norm)
+        x = self._norm(hidden, self._mlp_input_norm)
+        if isinstance(self._mlp, _MLP):
+            self._project(hidden, self._mlp.down, self._mlp.forward(x), self._mlp_output_norm)
+        else:
+            self._add(hidden, self._kernels.on_host(self._mlp.forward, x), self._mlp_output_norm)
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else self._kernels.rms_norm(x, weight, self._eps)
 
+    def _project(self, hidden: Tensor, linear: Linear, x: Tensor, norm: Tensor | None) -> None:
+        """Add the product of a block's last weight; at once where nothing comes in between."""
+        if norm is None and not self._sharded:
+            linear.add_to(hidden, x, self._residual_scale)
+        else:
+            self._add(hidden, linear(x), norm)
+
     def _add(self, hidden: Tensor, partial: Tensor, norm: Tensor | None) -> None:
-        hidden.add_(self._norm(self._collectives.all_reduce(partial), norm), alpha=self._residual_scale)
+        kernels = self._kernels
+        if self._sharded:
+            partial = kernels.on_host(self._collectives.all_reduce, partial, in_place=True)
+        if norm is not None:
+            partial = kernels.rms_norm(partial, norm, self._eps, in_place=True)
+        kernels.add_(hidden, partial, self._residual_scale)
 
 
 class _Attention:
-    """Self-attention over this shard's heads; what it returns is summed over shards."""
+    """Self-attention over this shard's heads."""
 
     def __init__(
         self,
@@ -169,65 +230,78 @@ class _Attention:
         self._head_dim = spec.head_dim
         self._eps = spec.norm_eps
         self._scale, self._softcap, self._window = spec.attention_scale, spec.attention_softcap, layer.window
-        self._qk_norm = spec.qk_norm
-        self._query_norm, self._key_norm = weights.query_norm, weights.key_norm
+        self._head_norms: tuple[Tensor, Tensor] | None = None
+        self._full_norms: tuple[Tensor, Tensor] | None = None
+        if weights.query_norm is not None and weights.key_norm is not None:
+            norms = (weights.query_norm, weights.key_norm)
+            if spec.qk_norm is QKNorm.HEAD:
+                self._head_norms = norms
+            else:
+                self._full_norms = norms
         # Key heads that several shards hold are counted once each in a sum over shards.
         self._query_width = spec.num_heads * spec.head_dim
         self._key_width = self._kv_heads * layout.tp_size * spec.head_dim
+        self._sharded = layout.tp_size > 1
         self._qkv = kernels.linear(weights.qkv, weights.qkv_bias)
-        self._output = kernels.linear(weights.output, weights.output_bias)
+        self.output = kernels.linear(weights.output, weights.output_bias)
+        """[T, heads * head_dim] → [T, hidden], to be summed over shards."""
         self._kernels, self._collectives = kernels, collectives
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan, k_cache: Tensor, v_cache: Tensor
-    ) -> Tensor:
-        """[T, hidden] → [T, hidden], this shard's part of the sum."""
-        kernels, heads, kv_heads = self._kernels, self._heads, self._kv_heads
-        qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._head_dim)
-        if self._qk_norm is QKNorm.NONE:
-            kernels.rotate_(qkv[:, : heads + kv_heads], *rotation)
-            query, keys = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
-        else:
-            query, keys = self._normalised(qkv[:, :heads], qkv[:, heads : heads + kv_heads])
-            kernels.rotate_(query, *rotation)
-            kernels.rotate_(keys, *rotation)
-        kernels.store_kv(keys, qkv[:, heads + kv_heads :], k_cache, v_cache, plan.metadata.slot_mapping)
-        attended = kernels.attention(
+    def forward(self, x: Tensor, rotation: Rotation, plan: Plan, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """[T, hidden] → [T, heads * head_dim], for `output`."""
+        kernels = self._kernels
+        qkv = self._qkv(x)
+        if self._full_norms is not None:
+            self._normalise(qkv, *self._full_norms)
+        query = kernels.rotate_and_store(
+            qkv.view(len(qkv), self._heads + 2 * self._kv_heads, self._head_dim),
+            rotation,
+            k_cache,
+            v_cache,
+            plan,
+            norms=self._head_norms,
+            eps=self._eps,
+        )
+        return kernels.attention(
             query, k_cache, v_cache, plan, scale=self._scale, window=self._window, softcap=self._softcap
         )
-        return self._output(attended.flatten(1))
 
-    def _normalised(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """New tensors [T, heads, head_dim] and [T, kv_heads, head_dim], normalised."""
-        kernels = self._kernels
-        assert self._query_norm is not None
-        assert self._key_norm is not None
-        if self._qk_norm is QKNorm.HEAD:
-            return (
-                kernels.rms_norm(query, self._query_norm, self._eps),
-                kernels.rms_norm(keys, self._key_norm, self._eps),
-            )
-        flat_query, flat_keys = query.flatten(1), keys.flatten(1)
-        squares = torch.cat((kernels.sum_of_squares(flat_query), kernels.sum_of_squares(flat_keys)), -1)
+    def _normalise(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
+        """Normalise queries and keys over their whole width, in place."""
+        if self._sharded:
+            self._kernels.on_host(lambda qkv: self._normalise_share(qkv, query_norm, key_norm), qkv, in_place=True)
+            return
+        query, keys = self._query_and_keys(qkv)
+        self._kernels.rms_norm(query, query_norm, self._eps, in_place=True)
+        self._kernels.rms_norm(keys, key_norm, self._eps, in_place=True)
+
+    def _normalise_share(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
+        """The same where every shard has a part of the width."""
+        query, keys = self._query_and_keys(qkv)
+        squares = torch.cat((sum_of_squares(query), sum_of_squares(keys)), -1)
         squares = self._collectives.all_reduce(squares)
         query_mean, key_mean = squares[:, :1] / self._query_width, squares[:, 1:] / self._key_width
-        return (
-            kernels.scale_by_rms(flat_query, query_mean, self._query_norm, self._eps).view(query.shape),
-            kernels.scale_by_rms(flat_keys, key_mean, self._key_norm, self._eps).view(keys.shape),
-        )
+        query.copy_(scale_by_rms(query, query_mean, query_norm, self._eps))
+        keys.copy_(scale_by_rms(keys, key_mean, key_norm, self._eps))
+        return qkv
+
+    def _query_and_keys(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [T, heads * head_dim] and [T, kv_heads * head_dim]."""
+        query_end = self._heads * self._head_dim
+        return qkv[:, :query_end], qkv[:, query_end : query_end + self._kv_heads * self._head_dim]
 
 
 class _MLP:
-    """A gated MLP; what it returns is summed over shards."""
+    """A gated MLP."""
 
     def __init__(self, weights: MLPWeights, activation: str, kernels: Kernels) -> None:
-        self._gate_up = kernels.linear(weights.gate_up, weights.gate_up_bias)
-        self._down = kernels.linear(weights.down, weights.down_bias)
-        self._activation, self._kernels = activation, kernels
+        self._gated = kernels.gated_linear(weights.gate_up, weights.gate_up_bias, activation)
+        self.down = kernels.linear(weights.down, weights.down_bias)
+        """[T, width] → [T, hidden], to be summed over shards."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden]."""
-        return self._down(self._kernels.gated_activation(self._gate_up(x), self._activation))
+        """[T, hidden] → [T, width], for `down`."""
+        return self._gated(x)
 
 
 class _MoE:
@@ -235,20 +309,20 @@ class _MoE:
 
     def __init__(self, weights: MoEWeights, spec: ModelSpec, kernels: Kernels) -> None:
         assert spec.moe is not None
-        self._moe, self._activation, self._kernels = spec.moe, spec.activation, kernels
-        self._router = kernels.linear(weights.router, None)
-        self._gate_up = [kernels.linear(expert, None) for expert in weights.gate_up]
-        self._down = [kernels.linear(expert, None) for expert in weights.down]
-        self._shared = self._shared_gate = None
+        self._moe = spec.moe
+        self._router = kernels.linear(weights.router)
+        self._gated = [kernels.gated_linear(expert, None, spec.activation) for expert in weights.gate_up]
+        self._down = [kernels.linear(expert) for expert in weights.down]
+        self._shared: _MLP | None = None
+        self._shared_gate: Linear | None = None
         if weights.shared is not None and weights.shared_gate is not None:
             self._shared = _MLP(weights.shared, spec.activation, kernels)
-            self._shared_gate = kernels.linear(weights.shared_gate, None)
+            self._shared_gate = kernels.linear(weights.shared_gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden]. Routing is the same on every shard, since x is."""
-        kernels, moe = self._kernels, self._moe
-        weights, ids = kernels.route(self._router(x), moe.experts_per_token, moe.normalize_weights)
-        out = kernels.run_experts(x, weights, ids, self._gate_up, self._down, self._activation)
+        """[T, hidden] → [T, hidden], to be summed over shards. Routing is the same on every shard, since x is."""
+        weights, ids = route(self._router(x), self._moe.experts_per_token, self._moe.normalize_weights)
+        out = run_experts(x, weights, ids, self._gated, self._down)
         if self._shared is not None and self._shared_gate is not None:
-            out.addcmul_(torch.sigmoid(self._shared_gate(x)), self._shared.forward(x))
+            out.addcmul_(torch.sigmoid(self._shared_gate(x)), self._shared.down(self._shared.forward(x)))
         return out

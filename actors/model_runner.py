@@ -49,6 +49,7 @@ class ModelRunner:
         self._layout = layout
         self._collectives = collectives
         self._device, self._dtype = device, dtype
+        decoder.record(kv_cache, max_num_batched_tokens)
         self._table = SlotTable(max_num_seqs, max_model_len, block_size, spec.vocab_size)
         self._inputs = StepInputs(
             self._table, block_size=block_size, max_num_batched_tokens=max_num_batched_tokens, device=device

@@ -26,25 +26,24 @@ class Rotary:
         self._spec = spec
         self._inv_freq = inverse_frequencies(spec, max_model_len).to(device)
 
-    def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines as `kernels/rotary.py` takes them.
+    def cos_sin(self, positions: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines as `kernels/rotary.py` takes them.
 
         Args:
             positions: [T] int64.
-
-        Returns:
-            Two tensors [T, 1, rotary_dim] of `dtype`, computed in float32.
+            out: where to write them, two of [T, rotary_dim / 2] float32; None: new tensors.
         """
-        inv_freq = self._inv_freq
+        inv_freq, factor = self._inv_freq, self._spec.attention_factor
         if self._spec.rope_type == "dynamic":
             inv_freq = dynamic_frequencies(self._spec, positions + 1)
         angles = positions.float()[:, None] * inv_freq
-        cos = angles.cos().mul_(self._spec.attention_factor)
-        sin = angles.sin().mul_(self._spec.attention_factor)
-        return (
-            torch.cat((cos, cos), -1).to(dtype)[:, None],
-            torch.cat((-sin, sin), -1).to(dtype)[:, None],
-        )
+        cos, sin = out or (torch.empty_like(angles), torch.empty_like(angles))
+        torch.cos(angles, out=cos)
+        torch.sin(angles, out=sin)
+        if factor != 1.0:
+            cos.mul_(factor)
+            sin.mul_(factor)
+        return cos, sin
 
 
 def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> Tensor:

@@ -1,19 +1,11 @@
-"""Matrix products with weights that never change, so that they may be stored in the order in which they are read."""
+"""Matrix products by torch, with weights in the checkpoint's order or in the one that oneDNN reads; see
+`interface.Linear`."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-
-class Linear(Protocol):
-    """x [T, in] → x @ weightᵀ + bias [T, out]."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply; x must be contiguous."""
 
 
 class PlainLinear:
@@ -26,8 +18,20 @@ class PlainLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weight, self._bias)
 
+    def float32(self, x: Tensor) -> Tensor:
+        """See `interface.Linear`; rounded to x's dtype on the way."""
+        return self(x).float()
 
-class PackedLinear:
+    def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
+        """See `interface.Linear`."""
+        hidden.add_(self(x), alpha=alpha)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """See `interface.Linear`."""
+        return functional.embedding(indices, self._weight)
+
+
+class PackedLinear(PlainLinear):
     """A weight in oneDNN's blocked order, packed once.
 
     With a plain weight oneDNN packs it anew in every call. On an AVX-512-BF16 core, [1024 → 2048] in bfloat16 takes
@@ -36,11 +40,14 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias = bias
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Not offered: the blocked order is oneDNN's own."""
+        raise NotImplementedError("oneDNN's order has no rows; keep an embedding in a PlainLinear")
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from .activation import gated_activation
-from .linear import Linear
 
 
 def route(logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -28,21 +25,25 @@ def route(logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tens
 
 
 def run_experts(
-    x: Tensor, weights: Tensor, ids: Tensor, gate_up: Sequence[Linear], down: Sequence[Linear], activation: str
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gated: Sequence[Callable[[Tensor], Tensor]],
+    down: Sequence[Callable[[Tensor], Tensor]],
 ) -> Tensor:
     """The weighted sum of each token's experts; tokens are grouped by expert, so that each is one product.
 
     Args:
         x: [T, hidden].
         weights, ids: [T, experts per token], from `route`.
-        gate_up, down: one product per expert, [T, hidden] → [T, 2 * width] and [T, width] → [T, hidden].
+        gated, down: the two products of every expert, [T, hidden] → [T, width] → [T, hidden].
 
     Returns:
         [T, hidden], a new tensor.
     """
     order = ids.flatten().argsort(stable=True)
     tokens = order // ids.shape[1]
-    counts = torch.bincount(ids.flatten(), minlength=len(gate_up)).tolist()
+    counts = torch.bincount(ids.flatten(), minlength=len(gated)).tolist()
     grouped = x[tokens]
     results = torch.empty_like(grouped)
     start = 0
@@ -50,7 +51,7 @@ def run_experts(
         if count == 0:
             continue
         rows = slice(start, start + count)
-        results[rows] = down[expert](gated_activation(gate_up[expert](grouped[rows]), activation))
+        results[rows] = down[expert](gated[expert](grouped[rows]))
         start += count
     results *= weights.flatten()[order, None].to(x.dtype)
     return torch.zeros_like(x).index_add_(0, tokens, results)

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from .attention_metadata import AttentionMetadata
 from .attention_plan import AttentionPlan, DecodeBucket, PrefillRow
-from .native_attention import decode_attention
 
 
 def store_kv(keys: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -36,9 +35,7 @@ def store_kv(keys: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, slo
 class PagedAttention:
     """The attention of one shard; it owns the workspace that blocks are gathered into."""
 
-    def __init__(self, *, native_decode: bool = False) -> None:
-        """`native_decode`: rows with one query go to `kernels/native_attention.py`, where `can_decode` says so."""
-        self._native_decode = native_decode
+    def __init__(self) -> None:
         self._workspace = torch.empty(0)
 
     def plan(self, metadata: AttentionMetadata, block_size: int) -> AttentionPlan:
@@ -68,9 +65,7 @@ class PagedAttention:
             [T, heads, head_dim].
         """
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        if plan.metadata.decode_rows and self._native_decode:
-            decode_attention(query, k_cache, v_cache, plan.metadata, out, scale=scale, window=window, softcap=softcap)
-        elif plan.metadata.decode_rows:
+        if plan.metadata.decode_rows:
             for bucket in plan.decode_buckets(window):
                 out[bucket.rows] = self._decode(query[bucket.rows], k_cache, v_cache, bucket, scale, softcap)
         for row in plan.prefill_rows(window):

@@ -5,18 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of every head in place; the rest passes through.
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the leading dimensions of every head in place, in float32 and rounded once; the rest passes through.
 
         [ a  b ]  →  [ a cos - b sin    b cos + a sin ]        a, b: halves of the rotary dimensions
 
     Args:
         heads: [T, heads, head_dim]; a view into a larger matrix will do.
-        cos: [T, 1, rotary_dim] of the same dtype, the two halves equal.
-        sin: [T, 1, rotary_dim] of the same dtype, the first half negated: the formula then is two multiplications.
+        cos, sin: [T, rotary_dim / 2] float32.
     """
-    rotary_dim = cos.shape[-1]
-    part = heads[..., :rotary_dim]
-    swapped = part.roll(rotary_dim // 2, -1)
-    part.mul_(cos).addcmul_(swapped, sin)
-    return heads
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    heads[..., :half] = a * cos - b * sin
+    heads[..., half : 2 * half] = b * cos + a * sin

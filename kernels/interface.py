@@ -1,0 +1,148 @@
+"""The operations that a decoder is made of, as every implementation offers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .attention_metadata import AttentionMetadata
+
+
+class Linear(Protocol):
+    """A matrix product with a weight that never changes, so that it may be stored in the order in which it is read."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] → y [T, out], a new tensor of x's dtype; x's rows must be contiguous."""
+
+    def float32(self, x: Tensor) -> Tensor:
+        """The same in float32."""
+
+    def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
+        """hidden [T, out] += alpha * y, in place."""
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows of the weight, as an embedding's: [R] int64 → [R, in], a new tensor."""
+
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the step's positions, each [T, rotary_dim / 2] float32."""
+
+
+class Plan(Protocol):
+    """What an implementation works out once per step for all layers."""
+
+    metadata: AttentionMetadata
+
+
+class Kernels(Protocol):
+    """The kernels of one decoder. T: rows of the step; all tensors are on the kernels' device and of its dtype unless
+    said otherwise."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """x weightᵀ + bias; takes over weight [out, in] and bias [out]."""
+
+    def tied_linear(self, weight: Tensor) -> Linear:
+        """A product whose `rows` are looked up too; in the others they need not be there."""
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+        """activation(x gateᵀ) * (x upᵀ): [T, in] → [T, width].
+
+        Args:
+            weight: [2 * width, in], gate first; taken over like `bias` [2 * width].
+            activation: "silu", "gelu" (exact) or "gelu_tanh" (tanh approximation).
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False) -> Tensor:
+        """x / sqrt(mean(x²) + eps) * weight over the last dimension of x [T, width], in float32 and rounded once.
+
+        Args:
+            weight: [width] float32, with the family's offset already added.
+            in_place: write to x, whose rows may be parts of longer ones; else return a new tensor.
+        """
+
+    def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
+        """hidden [T, width] += alpha * x, in place."""
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        *,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        """Normalise and rotate queries and keys, and write the step's keys and values to their slots.
+
+        NaN and infinity are stored as finite numbers: a block goes from one sequence to another and pads rows that
+        are not its own, where its content is masked but may be multiplied. So what breaks one request cannot reach the
+        next.
+
+        Args:
+            qkv: [T, heads + 2 * kv_heads, head_dim], contiguous; overwritten.
+            k_cache, v_cache: [kv_heads, num_blocks, block_size, head_dim], written in place.
+            norms: RMS norms of a head's queries and keys, each [head_dim] float32; None: there are none.
+
+        Returns:
+            The queries, [T, heads, head_dim], a view of qkv.
+        """
+
+    def plan(self, metadata: AttentionMetadata, block_size: int) -> Plan:
+        """Once per step, before the first layer."""
+
+    def attention(
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """softmax(softcap(scale * Q Kᵀ) + mask) V for every row; the softmax is float32.
+
+        Args:
+            query: [T, heads, head_dim]; a row's heads lie together.
+            window: a token sees this many tokens, itself included; None: all before it.
+            softcap: scores become softcap * tanh(score / softcap).
+
+        Returns:
+            [T, heads * head_dim], a new tensor.
+        """
+
+    def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:
+        """function(x) [T, width] → the same shape and dtype, between the kernels: for what is not one of them.
+
+        Args:
+            in_place: the function returns x.
+        """
+
+    def begin_layer(self) -> None:
+        """Temporaries that were made before are no longer needed; only matters while a program is recorded."""
+
+    def new_program(self, max_rows: int) -> Program | None:
+        """For steps of at most `max_rows` rows; None: these kernels gain nothing from being recorded."""
+
+
+class Program(Protocol):
+    """The kernels of a step, called once to be recorded and then run for every step: see `kernels/program.py`."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Within, the kernels write down what they would do. Tensors have `max_rows` rows."""
+
+    def buffer(self, width: int, dtype: torch.dtype) -> Tensor:
+        """[max_rows, width] that the recorded kernels may read or write, and whoever runs the program too."""
+
+    def plan(self) -> Plan:
+        """A placeholder for the plan of a step, for recording."""
+
+    def run(self, plan: Plan) -> None:
+        """Do what was recorded, for the step of `plan`."""

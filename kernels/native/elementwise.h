@@ -1,0 +1,185 @@
+// Operations on single rows or heads. Each reads its input once, computes in float32 and rounds once.
+
+constexpr int ROWS_PER_ITEM = 4;
+
+// Calls work(row) for the rows that this thread claims: few at a time while there are few, for the sake of balance.
+template <typename function> INLINE void for_rows(const Step &step, Worker &worker, function work)
+{
+    const int size = step.rows > ROWS_PER_ITEM * 2 * worker.threads ? ROWS_PER_ITEM : 1;
+    for (int64_t begin; (begin = (int64_t)worker.claim() * size) < step.rows;)
+        for (int64_t row = begin; row < begin + size && row < step.rows; row++)
+            work(row);
+}
+
+// Calls work(index, count) over [0, width) with count = 16 while there are so many, then with what is left.
+template <typename function> INLINE void for_lanes(int width, function work)
+{
+    int i = 0;
+    for (; i + LANES <= width; i += LANES)
+        work(i, LANES);
+    if (i < width)
+        work(i, width - i);
+}
+
+template <typename element> INLINE lanes load_up_to(const element *values, int count)
+{
+    return count == LANES ? load_lanes(values) : load_some(values, count);
+}
+
+template <typename element> INLINE void store_up_to(element *target, lanes values, int count)
+{
+    if (count == LANES)
+        store_lanes(target, values);
+    else
+        store_some(target, values, count);
+}
+
+// 1 / sqrt(mean(x²) + eps)
+template <typename element> INLINE float inverse_rms(const element *x, int width, float eps)
+{
+    lanes squares[4] = {};
+    int i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        for (int part = 0; part < 4; part++) {
+            const lanes values = load_lanes(x + i + part * LANES);
+            squares[part] += values * values;
+        }
+    for_lanes(width - i, [&](int j, int count) __attribute__((always_inline)) {
+        const lanes values = load_up_to(x + i + j, count);
+        squares[0] += values * values;
+    });
+    return 1.0f / sqrtf(sum_of_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) / width + eps);
+}
+
+template <typename element> INLINE void norm_rows(const RmsNorm &op, const Step &step, Worker &worker)
+{
+    for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
+        const element *x = (const element *)op.x + row * op.x_stride;
+        element *out = (element *)op.out + row * op.out_stride;
+        const float scale = inverse_rms(x, op.width, op.eps);
+        for_lanes(op.width, [&](int i, int count) __attribute__((always_inline)) {
+            store_up_to(out + i, load_up_to(x + i, count) * scale * load_up_to(op.weight + i, count), count);
+        });
+    });
+}
+
+static void rms_norm(const Operation &operation, const Step &step, Worker &worker)
+{
+    const RmsNorm &op = static_cast<const RmsNorm &>(operation);
+    if (op.bfloat16)
+        norm_rows<uint16_t>(op, step, worker);
+    else
+        norm_rows<float>(op, step, worker);
+}
+
+// A block passes from one sequence to another, and what lies behind a sequence's end is masked but may be multiplied:
+// with finite numbers only, what breaks one request cannot reach the next.
+template <typename element> INLINE lanes finite(lanes x)
+{
+    constexpr float largest = sizeof(element) == 2 ? 3.3895314e38f : 3.4028235e38f;
+    x = select(x != x, broadcast(0.0f), x);
+    x = select(x > largest, broadcast(largest), x);
+    return select(x < -largest, broadcast(-largest), x);
+}
+
+// A head as float32 in `head`, normalised if there is a norm, its first `rotary_dim` dimensions rotated.
+template <typename element>
+INLINE void rotated_head(const RotateStore &op, int64_t row, const element *x, const float *norm, float *head)
+{
+    const float scale = norm ? inverse_rms(x, op.head_dim, op.eps) : 1.0f;
+    for_lanes(op.head_dim, [&](int i, int count) __attribute__((always_inline)) {
+        lanes values = load_up_to(x + i, count);
+        if (norm) {
+            element rounded[LANES]; // as a separate norm would leave them
+            store_lanes(rounded, values * scale * load_up_to(norm + i, count));
+            values = load_lanes(rounded);
+        }
+        store_up_to(head + i, values, count);
+    });
+    const int half = op.rotary_dim / 2;
+    const float *cos = op.cos + row * half, *sin = op.sin + row * half;
+    for_lanes(half, [&](int i, int count) __attribute__((always_inline)) {
+        const lanes a = load_up_to(head + i, count), b = load_up_to(head + half + i, count);
+        const lanes c = load_up_to(cos + i, count), s = load_up_to(sin + i, count);
+        store_up_to(head + i, a * c - b * s, count);
+        store_up_to(head + half + i, b * c + a * s, count);
+    });
+}
+
+template <typename element> INLINE void rotate_store_rows(const RotateStore &op, const Step &step, Worker &worker)
+{
+    const int dim = op.head_dim;
+    float *head = worker.scratch<float>(dim);
+    if (!head)
+        return;
+    for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
+        element *query = (element *)op.qkv + row * op.stride;
+        for (int h = 0; h < op.heads; h++) {
+            element *x = query + (int64_t)h * dim;
+            rotated_head(op, row, x, op.query_norm, head);
+            for_lanes(dim, [&](int i, int count) __attribute__((always_inline)) {
+                store_up_to(x + i, load_up_to(head + i, count), count);
+            });
+        }
+        const element *keys = query + (int64_t)op.heads * dim, *values = keys + (int64_t)op.kv_heads * dim;
+        for (int h = 0; h < op.kv_heads; h++) {
+            const int64_t slot = (h * op.num_blocks * op.block_size + step.slot_mapping[row]) * dim;
+            element *key_slot = (element *)op.k_cache + slot, *value_slot = (element *)op.v_cache + slot;
+            rotated_head(op, row, keys + (int64_t)h * dim, op.key_norm, head);
+            for_lanes(dim, [&](int i, int count) __attribute__((always_inline)) {
+                store_up_to(key_slot + i, finite<element>(load_up_to(head + i, count)), count);
+                store_up_to(value_slot + i, finite<element>(load_up_to(values + (int64_t)h * dim + i, count)), count);
+            });
+        }
+    });
+}
+
+static void rotate_store(const Operation &operation, const Step &step, Worker &worker)
+{
+    const RotateStore &op = static_cast<const RotateStore &>(operation);
+    if (op.bfloat16)
+        rotate_store_rows<uint16_t>(op, step, worker);
+    else
+        rotate_store_rows<float>(op, step, worker);
+}
+
+template <typename element> INLINE void gate_rows(const GatedActivation &op, const Step &step, Worker &worker)
+{
+    for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
+        const element *gate = (const element *)op.x + row * op.x_stride, *up = gate + op.width;
+        element *out = (element *)op.out + row * op.out_stride;
+        for_lanes(op.width, [&](int i, int count) __attribute__((always_inline)) {
+            const lanes activated = activate(load_up_to(gate + i, count), op.activation);
+            store_up_to(out + i, activated * load_up_to(up + i, count), count);
+        });
+    });
+}
+
+static void gated_activation(const Operation &operation, const Step &step, Worker &worker)
+{
+    const GatedActivation &op = static_cast<const GatedActivation &>(operation);
+    if (op.bfloat16)
+        gate_rows<uint16_t>(op, step, worker);
+    else
+        gate_rows<float>(op, step, worker);
+}
+
+template <typename element> INLINE void add_rows(const Add &op, const Step &step, Worker &worker)
+{
+    for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
+        const element *x = (const element *)op.x + row * op.x_stride;
+        element *out = (element *)op.out + row * op.out_stride;
+        for_lanes(op.width, [&](int i, int count) __attribute__((always_inline)) {
+            store_up_to(out + i, load_up_to(out + i, count) + op.alpha * load_up_to(x + i, count), count);
+        });
+    });
+}
+
+static void add(const Operation &operation, const Step &step, Worker &worker)
+{
+    const Add &op = static_cast<const Add &>(operation);
+    if (op.bfloat16)
+        add_rows<uint16_t>(op, step, worker);
+    else
+        add_rows<float>(op, step, worker);
+}

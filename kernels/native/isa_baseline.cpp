@@ -1,0 +1,6 @@
+#include "kernels_begin.h"
+#define NATIVE_AVX512 0
+#define NATIVE_BFLOAT16 0
+#define NATIVE_NAMESPACE baseline
+#define NATIVE_TABLE baseline_table
+#include "kernels.h"

@@ -1,0 +1,143 @@
+// Sixteen float32 at once, in the compiler's vector types: one AVX-512 register, two of AVX2, four of SSE. Included once
+// per instruction set, inside that set's namespace.
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float lanes __attribute__((vector_size(64)));
+typedef float half_lanes __attribute__((vector_size(32)));
+typedef float quarter_lanes __attribute__((vector_size(16)));
+typedef uint32_t wide_bits __attribute__((vector_size(64)));
+typedef int32_t signed_bits __attribute__((vector_size(64)));
+typedef uint16_t narrow_bits __attribute__((vector_size(32)));
+
+constexpr int LANES = 16;
+
+INLINE float widen(uint16_t bits)
+{
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+// To nearest, ties to even.
+INLINE uint16_t round_to_bfloat16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (value != value)
+        return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE lanes broadcast(float value) { return lanes{} + value; }
+
+// Lane by lane: where `mask` is all ones `a`, where it is zero `b`.
+INLINE lanes select(signed_bits mask, lanes a, lanes b)
+{
+    return (lanes)(((signed_bits)a & mask) | ((signed_bits)b & ~mask));
+}
+
+// `element` is uint16_t for bfloat16 and float for float32.
+template <typename element> INLINE float load(const element *values)
+{
+    if constexpr (sizeof(element) == 2)
+        return widen(*values);
+    else
+        return *values;
+}
+
+template <typename element> INLINE void store(element *target, float value)
+{
+    if constexpr (sizeof(element) == 2)
+        *target = round_to_bfloat16(value);
+    else
+        *target = value;
+}
+
+template <typename element> INLINE lanes load_lanes(const element *values)
+{
+    lanes result;
+    if constexpr (sizeof(element) == 2) {
+        narrow_bits narrow;
+        memcpy(&narrow, values, sizeof narrow);
+        const wide_bits wide = __builtin_convertvector(narrow, wide_bits) << 16;
+        memcpy(&result, &wide, sizeof result);
+    } else
+        memcpy(&result, values, sizeof result);
+    return result;
+}
+
+template <typename element> INLINE void store_lanes(element *target, lanes values)
+{
+    if constexpr (sizeof(element) == 2) {
+        const wide_bits bits = (wide_bits)values;
+        wide_bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        const wide_bits nan = (wide_bits)(values != values);
+        rounded = (rounded & ~nan) | (0x7fc0 & nan);
+        const narrow_bits narrow = __builtin_convertvector(rounded, narrow_bits);
+        memcpy(target, &narrow, sizeof narrow);
+    } else
+        memcpy(target, &values, sizeof values);
+}
+
+// The first `count` < LANES lanes, the others 0; reads and writes no others.
+template <typename element> INLINE lanes load_some(const element *values, int count)
+{
+    element padded[LANES] = {};
+    memcpy(padded, values, count * sizeof(element));
+    return load_lanes(padded);
+}
+
+template <typename element> INLINE void store_some(element *target, lanes values, int count)
+{
+    element padded[LANES];
+    store_lanes(padded, values);
+    memcpy(target, padded, count * sizeof(element));
+}
+
+INLINE float sum_of_lanes(lanes values)
+{
+    half_lanes half[2];
+    memcpy(half, &values, sizeof half);
+    half[0] += half[1];
+    quarter_lanes quarter[2];
+    memcpy(quarter, half, sizeof quarter);
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+}
+
+// e^x, relative error below 3e-7; x is clamped to [-87, 88]: x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts; e^r
+// by its Taylor series to the seventh power, e^(n ln 2) by writing n into the exponent. NaN stays NaN.
+INLINE lanes exp_lanes(lanes x)
+{
+    const signed_bits nan = x != x;
+    lanes bounded = select(x < -87.0f, broadcast(-87.0f), x);
+    bounded = select(bounded > 88.0f, broadcast(88.0f), bounded);
+    bounded = select(nan, broadcast(0.0f), bounded);
+    const lanes turns = bounded * 1.44269504f;
+    const lanes half = select(turns < 0.0f, broadcast(-0.5f), broadcast(0.5f));
+    const signed_bits n = __builtin_convertvector(turns + half, signed_bits); // truncates: to nearest
+    const lanes whole = __builtin_convertvector(n, lanes);
+    const lanes r = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
+    lanes p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return select(nan, x, p * (lanes)((n + 127) << 23));
+}
+
+// acc + Σ of two products per lane: lane i of `weight` holds two bfloat16, which meet the two of `x`.
+INLINE lanes dot_pairs(lanes acc, signed_bits weight, uint32_t x)
+{
+#if NATIVE_BFLOAT16
+    return (lanes)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weight);
+#else
+    const lanes even = (lanes)(weight << 16), odd = (lanes)(weight & (int32_t)0xffff0000);
+    acc += even * widen((uint16_t)x);
+    return acc + odd * widen((uint16_t)(x >> 16));
+#endif
+}

@@ -1,0 +1,99 @@
+"""The kernels in plain torch, on any device: the meaning of every other implementation, and the path without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .activation import gated_activation
+from .attention_metadata import AttentionMetadata
+from .attention_plan import AttentionPlan
+from .interface import Linear, Plan, Program, Rotation
+from .linear import PackedLinear, PlainLinear, can_pack
+from .norm import rms_norm
+from .paged_attention import PagedAttention, store_kv
+from .rotary import rotate_
+
+
+class TorchKernels:
+    """See `interface.Kernels`. Not shared between decoders: attention has a workspace."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._linear: type[PackedLinear | PlainLinear] = PackedLinear if can_pack(device, dtype) else PlainLinear
+        self._attention = PagedAttention()
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """See `interface.Kernels`."""
+        return self._linear(weight, bias)
+
+    def tied_linear(self, weight: Tensor) -> Linear:
+        """See `interface.Kernels`: packing would hold the weight twice."""
+        return PlainLinear(weight)
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+        """See `interface.Kernels`."""
+        linear = self._linear(weight, bias)
+        return lambda x: gated_activation(linear(x), activation)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False) -> Tensor:
+        """See `interface.Kernels`."""
+        normalised = rms_norm(x, weight, eps)
+        return x.copy_(normalised) if in_place else normalised
+
+    def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
+        """See `interface.Kernels`."""
+        hidden.add_(x, alpha=alpha)
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        *,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        """See `interface.Kernels`."""
+        kv_heads = len(k_cache)
+        heads = qkv.shape[1] - 2 * kv_heads
+        query, keys, values = qkv.split((heads, kv_heads, kv_heads), 1)
+        if norms is not None:
+            query.copy_(rms_norm(query, norms[0], eps))
+            keys.copy_(rms_norm(keys, norms[1], eps))
+        rotate_(qkv[:, : heads + kv_heads], *rotation)
+        store_kv(keys, values, k_cache, v_cache, plan.metadata.slot_mapping)
+        return query
+
+    def plan(self, metadata: AttentionMetadata, block_size: int) -> AttentionPlan:
+        """See `interface.Kernels`."""
+        return self._attention.plan(metadata, block_size)
+
+    def attention(
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `interface.Kernels`."""
+        assert isinstance(plan, AttentionPlan)
+        return self._attention(query, k_cache, v_cache, plan, scale=scale, window=window, softcap=softcap).flatten(1)
+
+    def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:
+        """See `interface.Kernels`."""
+        return function(x)
+
+    def begin_layer(self) -> None:
+        """See `interface.Kernels`."""
+
+    def new_program(self, max_rows: int) -> Program | None:
+        """See `interface.Kernels`: torch has no list of calls."""
+        return None
