@@ -27,6 +27,7 @@ class Detokenizer:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._at_start = all(token in tokenizer.special_ids for token in prompt)
         self._utf8 = _Utf8Decoder("replace")
+        self._between_characters = True
 
     def push(self, token: int) -> str:
         """The text that `token` completes; often empty in the middle of a character."""
@@ -34,8 +35,16 @@ class Detokenizer:
             return ""
         if self._at_start:
             self._at_start = False
-            return self._utf8.decode(self._token_bytes.first(token))
-        return self._utf8.decode(self._token_bytes.inner(token))
+            return self._decode(self._token_bytes.first(token))
+        # Most tokens are whole characters, and then their text is known from the last time.
+        if self._between_characters and (text := self._token_bytes.texts.get(token)) is not None:
+            return text
+        return self._decode(self._token_bytes.inner(token))
+
+    def _decode(self, data: bytes) -> str:
+        text = self._utf8.decode(data)
+        self._between_characters = not self._utf8.getstate()[0]
+        return text
 
 
 class StopStrings:

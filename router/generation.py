@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, Self
+
+import msgspec
 
 from ..cluster.errors import EngineError
 from ..cluster.request import EngineRequest, TokenLogprobs, TokenOutput
@@ -24,13 +26,12 @@ class TokenChance:
     """Characters of the answer before this token."""
 
 
-@dataclass(slots=True)
-class Delta:
-    """What one engine output adds to a choice."""
+class Delta(msgspec.Struct):
+    """What one engine output adds to a choice. A struct, because one is made for every token."""
 
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    chances: list[TokenChance] = field(default_factory=list)
+    tokens: list[int] = []
+    chances: list[TokenChance] = []
     """One per token if the request asks for log-probabilities."""
     finish_reason: str | None = None
 
@@ -80,8 +81,8 @@ class Choice:
         if self._text_only and output.finish_reason is None:  # as most are: one token with nothing to look for in it
             self.completion_tokens += len(output.tokens)
             self.cached_tokens = self.cached_tokens or output.cached_tokens
-            push = self._detokenizer.push
-            return Delta("".join([push(token) for token in output.tokens]), output.tokens)
+            push, tokens = self._detokenizer.push, output.tokens
+            return Delta(push(tokens[0]) if len(tokens) == 1 else "".join(map(push, tokens)), tokens)
         delta = Delta()
         pieces = []
         self.cached_tokens = self.cached_tokens or output.cached_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from .metrics import IngressMetrics
 from .replica_client import ReplicaClient
 from .token_receiver import TokenReceiver
 
+METRICS_SECONDS = 1.0
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -48,11 +50,12 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve asks for it when the replica starts."""
+        self._metrics = IngressMetrics(serve.get_replica_context().replica_id.unique_id)
         return build_app(
             self._cards,
             ReplicaClient(self._handles, self._receiver),
             max_body_bytes=self._max_body_bytes,
-            metrics=IngressMetrics(serve.get_replica_context().replica_id.unique_id),
+            metrics=self._metrics,
             metrics_text=self._cluster_metrics.text,
             lifespan=self._lifespan,
         )
@@ -60,11 +63,18 @@ class Ingress:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._receiver.start()
+        publishing = asyncio.create_task(self._publish_metrics())
         try:
             yield
         finally:
+            publishing.cancel()
             self._receiver.close()
             await self._cluster_metrics.close()
+
+    async def _publish_metrics(self) -> None:
+        while True:
+            await asyncio.sleep(METRICS_SECONDS)
+            self._metrics.publish()
 
 
 def _log_like_serve() -> None:

@@ -9,6 +9,8 @@ import time
 
 from ray.util.metrics import Counter, Histogram
 
+from .token_histogram import TokenHistogram
+
 _TAGS = ("model_name", "replica")
 _LATENCY_SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5]
@@ -27,8 +29,11 @@ class IngressMetrics:
             "From a request's arrival at the ingress to its first token.",
             _LATENCY_SECONDS,
         )
-        self.inter_token_latency = histogram(
-            "inter_token_latency_seconds", "Time between tokens of a choice, as the ingress sees them.", _TOKEN_SECONDS
+        self.inter_token_latency = TokenHistogram(
+            "troupe_inter_token_latency_seconds",
+            "Time between tokens of a choice, as the ingress sees them.",
+            _TOKEN_SECONDS,
+            {"replica": replica},
         )
         self.e2e_latency = histogram(
             "e2e_request_latency_seconds",
@@ -41,6 +46,10 @@ class IngressMetrics:
             tag_keys=(*_TAGS, "finished_reason"),
         ).set_default_tags({"replica": replica})
 
+    def publish(self) -> None:
+        """Hand over what is counted here and not by Ray. Call it about once a second."""
+        self.inter_token_latency.publish()
+
 
 class RequestTimer:
     """Takes the times of one request; one object per HTTP request."""
@@ -48,6 +57,7 @@ class RequestTimer:
     def __init__(self, metrics: IngressMetrics, model: str, choices: int = 1) -> None:
         """Begin to time a request for `choices` answers of `model`."""
         self._metrics = metrics
+        self._model = model
         self._tags = {"model_name": model}
         self._begun = time.perf_counter()
         self._last: dict[int, float] = {}
@@ -68,7 +78,7 @@ class RequestTimer:
             return
         now = time.perf_counter()
         if (last := self._last.get(choice)) is not None:
-            self._metrics.inter_token_latency.observe((now - last) / count, self._tags)
+            self._metrics.inter_token_latency.observe((now - last) / count, self._model)
         elif not self._last:
             self._metrics.time_to_first_token.observe(now - self._begun, self._tags)
         self._last[choice] = now

@@ -90,8 +90,8 @@ class ReplicaClient:
 class Generation:
     """One request on its way through the replicas of its model: an async iterator of its outputs.
 
-    It is a class, not an async generator, because every token of every stream passes here: a generator costs three
-    times as much per item, and this one would need two.
+    It is a class, not an async generator, because every token of every stream passes here: a generator costs more per
+    item, and two would be needed.
     """
 
     def __init__(self, client: ReplicaClient, model: str, request: EngineRequest) -> None:
@@ -117,7 +117,9 @@ class Generation:
             while True:
                 try:
                     if self._attempt is not None:
-                        output = await self._attempt.mailbox.get()
+                        mailbox = self._attempt.mailbox
+                        while (output := mailbox.take()) is None and not mailbox.closed:
+                            await mailbox.arrival()
                     else:
                         self._attempt = self._submit()
                         output = await self._attempt.accepted(self._model, self._deadline)

@@ -35,11 +35,17 @@ class TokenBytes:
         self._byte_fallback = "ByteFallback" in kinds
         self._inner: dict[int, bytes] = {}
         self._first: dict[int, bytes] = {}
+        self.texts: dict[int, str | None] = {}
+        """Text of the tokens that `inner` was asked for; None for one that is not whole characters."""
 
     def inner(self, token: int) -> bytes:
         """Bytes of `token` after other text; empty for an id without a token."""
         if (found := self._inner.get(token)) is None:
             found = self._inner[token] = self._bytes(token, first=False)
+            try:
+                self.texts[token] = found.decode()
+            except UnicodeDecodeError:
+                self.texts[token] = None
         return found
 
     def first(self, token: int) -> bytes:

@@ -37,7 +37,8 @@ class Mailbox:
         self._next = first_index
         self._waiting: TokenOutput | None = None
         self._error: BaseException | None = None
-        self._closed = False
+        self.closed = False
+        """No more outputs will come."""
         self._reader: asyncio.Future[None] | None = None
         """What the reader waits for; there is one reader. A plain future costs a third of an event."""
 
@@ -64,27 +65,36 @@ class Mailbox:
 
     def close(self, error: BaseException | None = None) -> None:
         """No more outputs are expected; a reader without any gets `error`, or None."""
-        self._closed, self._error = True, error
+        self.closed, self._error = True, error
         self._wake()
 
     async def get(self) -> TokenOutput | None:
         """The next output, all that has arrived in one; None if the mailbox is closed and empty."""
-        while self._waiting is None:
-            if self._error is not None:
-                raise self._error
-            if self._closed:
-                return None
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        output, self._waiting = self._waiting, None
+        while (output := self.take()) is None and not self.closed:
+            await self.arrival()
         return output
 
+    def take(self) -> TokenOutput | None:
+        """What `get` would return at once; None if nothing is there.
+
+        Raises:
+            Exception: what the mailbox was closed with, when it is empty.
+        """
+        output, self._waiting = self._waiting, None
+        if output is None and self._error is not None:
+            raise self._error
+        return output
+
+    def arrival(self) -> asyncio.Future[None]:
+        """Done when `take` is worth another try. For the one reader, who has just found nothing in an open mailbox."""
+        self._reader = asyncio.get_running_loop().create_future()
+        return self._reader
+
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        if (reader := self._reader) is not None:
+            self._reader = None
+            if not reader.done():  # else it was cancelled
+                reader.set_result(None)
 
 
 def drop_first(output: TokenOutput, count: int) -> None:
