@@ -1,4 +1,4 @@
-"""The command line: `troupe serve`, `troupe eval`, `troupe version`."""
+"""The command line: `troupe serve`, `troupe eval`, `troupe bench`, `troupe version`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from .. import __version__
 from ..cluster.config import ServeConfig, load_config
 from ..cluster.errors import CheckpointError, ConfigError, EngineError, TroupeError
+from .bench.command import bench
 from .eval import eval_command
 from .local_machine import check_ports, local_capacity
 from .model_folder import DEMO_MODELS
@@ -30,6 +31,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.command("eval")(eval_command)
+cli.add_typer(bench, name="bench")
 
 
 @cli.command()
@@ -190,7 +192,7 @@ def main() -> None:
     try:
         cli()
     except TroupeError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+        sys.exit(_report(error))
 
 
 if __name__ == "__main__":

@@ -61,16 +61,14 @@ def main(
         map(str, CONCURRENCY)
     ),
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of every request.")] = PROMPT_LEN,
-    output_len: Annotated[
-        int, typer.Option("--output-len", min=2, help="Generated tokens of every request.")
-    ] = OUTPUT_LEN,
+    output_len: Annotated[int, typer.Option("--output", min=2, help="Generated tokens of every request.")] = OUTPUT_LEN,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each side.")] = len(os.sched_getaffinity(0)),
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 3,
     vocab_size: Annotated[int, typer.Option(min=11, help="Prompt tokens are below this.")] = HIGHEST_TOKEN,
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Field of Troupe's model; may be repeated.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")] = None,
 ) -> None:
     """Measure Troupe and its peers alternately."""
     counts = parse_counts(concurrency)
@@ -105,7 +103,7 @@ def main(
     }
     if fields:
         settings["fields"] = " ".join(field or [])
-    publish(Report("compare", settings, columns(runs), rows(runs, counts), {"runs": lines}), output)
+    publish(Report("compare", settings, columns(runs), rows(runs, counts), {"runs": lines}), json_file)
 
 
 def parse_counts(text: str) -> list[int]:

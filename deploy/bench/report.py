@@ -46,12 +46,17 @@ class Report(msgspec.Struct):
 
     def print(self) -> None:
         """Show the table on standard output."""
-        table = Table(title=f"{self.benchmark}  {describe(self.settings)}", title_justify="left")
+        table = self.table(f"{self.benchmark}  {describe(self.settings)}")
+        Console(width=max(120, Console().width)).print(table)
+
+    def table(self, title: str) -> Table:
+        """The rows as a table."""
+        table = Table(title=title, title_justify="left")
         for index, column in enumerate(self.columns):
             table.add_column(column.heading, justify="left" if index == 0 else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*(cell(row.get(column.key), column.format) for column in self.columns))
-        Console(width=max(120, Console().width)).print(table)
+        return table
 
     def write(self, path: Path) -> None:
         """Write the same figures as JSON, with the versions, the machine and the date."""

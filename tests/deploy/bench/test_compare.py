@@ -109,7 +109,7 @@ def test_troupe_beside_transformers_on_a_tiny_model(tmp_path: Path, capsys: pyte
         repeats=1,
         vocab_size=VOCAB_SIZE,
         field=["max_model_len=64"],
-        output=tmp_path / "compare.json",
+        json_file=tmp_path / "compare.json",
     )
     written = json.loads((tmp_path / "compare.json").read_text())
     assert [(row["what"], row["concurrency"]) for row in written["rows"][:2]] == [("decode", 1), ("decode", 2)]
