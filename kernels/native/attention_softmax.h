@@ -76,7 +76,7 @@ struct Scaling {
 };
 
 // previous = largest; largest = the larger of it and of the scores at [begin, end).
-INLINE void raise_largest(const Rows &rows, int row, int begin, int end, Scaling &scaling)
+INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const Scaling &scaling)
 {
     float *scores = rows.scores + row * TILE_TOKENS;
     lanes largest = broadcast(rows.largest[row]);
@@ -86,7 +86,9 @@ INLINE void raise_largest(const Rows &rows, int row, int begin, int end, Scaling
             x = tanh_lanes(x * scaling.slope);
             store_lanes(scores + i, x);
         }
-        x = select(lanes_between(begin - i, end - i), x * scaling.factor, broadcast(LOWEST));
+        x *= scaling.factor;
+        if (begin > i || end < i + LANES)
+            x = select(lanes_between(begin - i, end - i), x, broadcast(LOWEST));
         largest = x > largest ? x : largest;
     }
     rows.previous[row] = rows.largest[row];
@@ -114,10 +116,13 @@ INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, con
     const float largest = rows.largest[row];
     lanes total = rows.totals[row] * rows.keep[row];
     for (int i = 0; i < tokens; i += LANES) {
-        lanes x = exp2_lanes(load_lanes(scores + i) * scaling.factor - largest);
-        if (begin > i || end < i + LANES)
-            x = select(lanes_between(begin - i, end - i), x, lanes{});
-        total += x;
+        lanes x = {};
+        if (i < end && i + LANES > begin) {
+            x = exp2_lanes(load_lanes(scores + i) * scaling.factor - largest);
+            if (begin > i || end < i + LANES)
+                x = select(lanes_between(begin - i, end - i), x, lanes{});
+            total += x;
+        }
         store_weights(weights + i, x);
     }
     rows.totals[row] = total;

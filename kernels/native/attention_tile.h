@@ -7,7 +7,7 @@
 // With bfloat16 and the instructions for it: pairs of bfloat16, multiplied two at a time. Otherwise float32, one at a
 // time: bfloat16 is widened once, here, and not in every product.
 
-constexpr int TILE_TOKENS = 64;
+constexpr int TILE_TOKENS = 128;
 #if NATIVE_AVX512
 constexpr int PANEL = 4;        // blocks of a panel
 constexpr int PRODUCT_ROWS = 6; // rows × blocks sums are in registers
@@ -112,49 +112,71 @@ INLINE signed_bits *packed_block(signed_bits *tile, int block, int blocks, int s
 template <typename packed, typename element>
 INLINE void pack_keys(signed_bits *tile, const element *const *keys, int block, int blocks, int dim)
 {
+    constexpr int per_step = PER_STEP<packed>;
     const int steps = steps_of<packed>(dim);
-    int width;
-    signed_bits *target = packed_block(tile, block, blocks, steps, width);
-    for (int step = 0; step < steps; step += LANES) {
-        signed_bits rows[LANES];
+    int width, step = 0;
+    signed_bits *target = packed_block(tile, block, blocks, steps, width), rows[LANES];
+    keys += block * LANES;
+    for (; (step + LANES) * per_step <= dim; step += LANES) {
+#pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)
-            rows[i] = load_steps<packed>(keys[block * LANES + i] + step * PER_STEP<packed>, dim - step * PER_STEP<packed>);
+            rows[i] = load_steps<packed>(keys[i] + step * per_step, LANES * per_step);
         transpose(rows);
-        if (steps - step >= LANES)
-            for (int i = 0; i < LANES; i++)
-                target[(int64_t)(step + i) * width] = rows[i];
-        else
-            for (int i = 0; i < steps - step; i++)
-                target[(int64_t)(step + i) * width] = rows[i];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++, target += width)
+            *target = rows[i];
+    }
+    if (step < steps) {
+        for (int i = 0; i < LANES; i++)
+            rows[i] = load_steps<packed>(keys[i] + step * per_step, dim - step * per_step);
+        transpose(rows);
+        for (int i = 0; i < steps - step; i++, target += width)
+            *target = rows[i];
     }
 }
 
-// The values of one step's tokens.
-template <typename packed, typename element>
-INLINE void pack_values(signed_bits *tile, const element *const *values, int step, int steps, int dim)
+// The values of one step: WIDTH blocks of dimensions, of which `dim` are left.
+template <int WIDTH, typename packed, typename element>
+INLINE void pack_values(signed_bits *target, const element *const *values, int from, int dim)
 {
-    const int blocks = blocks_of(dim);
-    const element *const *rows = values + step * PER_STEP<packed>;
-    int width;
     if constexpr (sizeof(packed) == 2) {
 #if NATIVE_AVX512
         alignas(64) static const uint16_t lower[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
         const __m512i first = _mm512_load_si512(lower), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-        for (int block = 0; block < blocks; block += 2) {
-            const __m512i a = (__m512i)load_steps<packed>(rows[0] + block * LANES, dim - block * LANES);
-            const __m512i b = (__m512i)load_steps<packed>(rows[1] + block * LANES, dim - block * LANES);
-            signed_bits *target = packed_block(tile, block, blocks, steps, width) + (int64_t)step * width;
-            target[0] = (signed_bits)_mm512_permutex2var_epi16(a, first, b);
-            if (block + 1 < blocks)
-                target[1] = (signed_bits)_mm512_permutex2var_epi16(a, second, b);
+#pragma GCC unroll 2
+        for (int block = 0; block < WIDTH; block += 2, from += 2 * LANES) {
+            const __m512i a = (__m512i)load_steps<packed>(values[0] + from, dim - from);
+            const __m512i b = (__m512i)load_steps<packed>(values[1] + from, dim - from);
+            target[block] = (signed_bits)_mm512_permutex2var_epi16(a, first, b);
+            if (block + 1 < WIDTH)
+                target[block + 1] = (signed_bits)_mm512_permutex2var_epi16(a, second, b);
         }
 #endif
     } else
-        for (int block = 0; block < blocks; block++) {
-            signed_bits *target = packed_block(tile, block, blocks, steps, width) + (int64_t)step * width;
-            *target = load_steps<packed>(rows[0] + block * LANES, dim - block * LANES);
+        for (int block = 0; block < WIDTH; block++, from += LANES)
+            target[block] = load_steps<packed>(values[0] + from, dim - from);
+}
+
+// The values of steps [begin, end) of a packed tile of `steps` steps.
+template <typename packed, typename element>
+INLINE void pack_values(signed_bits *tile, const element *const *values, int begin, int end, int steps, int dim)
+{
+    const int blocks = blocks_of(dim);
+    for (int block = 0, width; block < blocks; block += PANEL) {
+        signed_bits *target = packed_block(tile, block, blocks, steps, width);
+        for (int step = begin; step < end; step++) {
+            const element *const *rows = values + step * PER_STEP<packed>;
+            switch (width) {
+            case 1: pack_values<1, packed>(target + step, rows, block * LANES, dim); break;
+            case 2: pack_values<2, packed>(target + step * 2, rows, block * LANES, dim); break;
+#if NATIVE_AVX512
+            case 3: pack_values<3, packed>(target + step * 3, rows, block * LANES, dim); break;
+            case 4: pack_values<4, packed>(target + step * 4, rows, block * LANES, dim); break;
+#endif
+            }
         }
+    }
 }
 
 // out = keep * out + left × panel for ROWS rows and WIDTH blocks; without `keep`, out = left × panel.
@@ -198,28 +220,27 @@ INLINE void multiply_rows(int rows, const packed *left, int64_t left_stride, con
     }
 }
 
-// out[row] = keep[row] * out[row] + left[row] × tile for all `rows` and `blocks`.
+// The same for `rows` and `width` known only now.
 template <typename packed>
-static void multiply(int rows, const packed *left, int64_t left_stride, const signed_bits *tile, int blocks, int steps,
-                     float *out, int64_t out_stride, const float *keep)
+INLINE void multiply_panel(int rows, int width, const packed *left, int64_t left_stride, const signed_bits *panel,
+                           int steps, float *out, int64_t out_stride, const float *keep)
+{
+    switch (width) {
+    case 1: return multiply_rows<1>(rows, left, left_stride, panel, steps, out, out_stride, keep);
+    case 2: return multiply_rows<2>(rows, left, left_stride, panel, steps, out, out_stride, keep);
+#if NATIVE_AVX512
+    case 3: return multiply_rows<3>(rows, left, left_stride, panel, steps, out, out_stride, keep);
+    case 4: return multiply_rows<4>(rows, left, left_stride, panel, steps, out, out_stride, keep);
+#endif
+    }
+}
+
+// Calls work(first, count) for even parts of [0, rows), each small enough for multiply_panel.
+template <typename function> INLINE void for_parts(int rows, function work)
 {
     const int parts = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
-    for (int block = 0; block < blocks; block += PANEL) {
-        int width;
-        const signed_bits *panel = packed_block(const_cast<signed_bits *>(tile), block, blocks, steps, width);
-        for (int part = 0; part < parts; part++) {
-            const int first = rows * part / parts, count = rows * (part + 1) / parts - first;
-            const packed *x = left + first * left_stride;
-            float *target = out + first * out_stride + block * LANES;
-            const float *kept = keep ? keep + first : nullptr;
-            switch (width) {
-            case 1: multiply_rows<1>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
-            case 2: multiply_rows<2>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
-#if NATIVE_AVX512
-            case 3: multiply_rows<3>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
-            case 4: multiply_rows<4>(count, x, left_stride, panel, steps, target, out_stride, kept); break;
-#endif
-            }
-        }
+    for (int part = 0; part < parts; part++) {
+        const int first = rows * part / parts;
+        work(first, rows * (part + 1) / parts - first);
     }
 }
