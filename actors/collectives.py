@@ -36,7 +36,7 @@ class Collectives(Protocol):
         """Concatenate the stage's shards' [S, n] to [S, tp * n], in rank order."""
 
     def send_hidden(self, hidden: Tensor) -> None:
-        """Hand [T, hidden] to the next stage. Returns at once; the tensor must not be changed afterwards."""
+        """Hand [T, hidden] to the next stage. Returns at once; the tensor may be changed afterwards."""
 
     def recv_hidden(self, into: Tensor) -> Tensor:
         """Wait for the stage before to fill `into` [T, hidden], and return it."""

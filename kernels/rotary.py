@@ -17,5 +17,6 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
     a, b = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    turned = b * cos + a * sin  # before a is overwritten, which in float32 is a view
     heads[..., :half] = a * cos - b * sin
-    heads[..., half : 2 * half] = b * cos + a * sin
+    heads[..., half : 2 * half] = turned

@@ -6,6 +6,7 @@ import dataclasses
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,10 +16,26 @@ from raytroupe.actors.kv_cache import KVCache
 from raytroupe.actors.weights import load_weights
 from raytroupe.cluster.model_spec import load_spec
 from raytroupe.cluster.topology import ShardLayout
+from raytroupe.kernels import native_library
 from raytroupe.kernels.attention_metadata import AttentionMetadata
-from raytroupe.kernels.backend import load_kernels
+from raytroupe.kernels.interface import Kernels
+from raytroupe.kernels.native_kernels import NativeKernels
+from raytroupe.kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
+WAYS = ("torch", "native", "recorded")
+"""How a decoder's layers can run: in torch, in compiled kernels one by one, or in these as one program."""
+MAX_TOKENS = 160
+"""Of a step of a recorded decoder."""
+
+
+def kernels_for(way: str, dtype: torch.dtype) -> Kernels:
+    """Fresh kernels for one of `WAYS`; skips the test if they were not compiled."""
+    if way == "torch":
+        return TorchKernels(CPU, dtype)
+    if not native_library.is_built():
+        pytest.skip("the kernels were not compiled: there was no C++ compiler at installation")
+    return NativeKernels()
 
 
 @dataclasses.dataclass
@@ -77,11 +94,14 @@ class Stage:
         collectives: Collectives,
         max_model_len: int = 512,
         dtype: torch.dtype = torch.float32,
+        way: str = "recorded",
     ) -> None:
         self.spec, self.layout = load_spec(folder), layout
         weights = load_weights(folder, self.spec, layout, dtype, CPU)
-        self.decoder = Decoder(self.spec, layout, weights, load_kernels(CPU, dtype), collectives, max_model_len)
+        self.decoder = Decoder(self.spec, layout, weights, kernels_for(way, dtype), collectives, max_model_len)
         self.cache = KVCache(self.spec, layout, 128, 8, dtype, CPU)
+        if way == "recorded":
+            self.decoder.record(self.cache, MAX_TOKENS)
 
 
 class DecoderDriver:
@@ -93,8 +113,10 @@ class DecoderDriver:
         sequences: list[list[int]],
         max_model_len: int = 512,
         dtype: torch.dtype = torch.float32,
+        way: str = "recorded",
     ) -> None:
-        self.stage = Stage(folder, ShardLayout(), SingleShard(), max_model_len, dtype)
+        """`way` is one of `WAYS`."""
+        self.stage = Stage(folder, ShardLayout(), SingleShard(), max_model_len, dtype, way)
         self.sequences = sequences
         self.blocks = BlockTables(block_size=8, num_blocks=128)
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
@@ -116,14 +138,19 @@ class DecoderDriver:
 
 
 def run_shard(
-    folder: Path, layout: ShardLayout, collectives: Collectives, sequences: list[list[int]], steps: list[list[tuple]]
+    folder: Path,
+    layout: ShardLayout,
+    collectives: Collectives,
+    sequences: list[list[int]],
+    steps: list[list[tuple]],
+    way: str = "recorded",
 ) -> list[Tensor]:
-    """Run steps, each a list of rows as in `BlockTables.metadata`, on one shard of a replica.
+    """Run steps, each a list of rows as in `BlockTables.metadata`, on one shard of a replica in one of `WAYS`.
 
     Returns:
         On last stages, for every step the logits of each row's last token; else nothing.
     """
-    stage = Stage(folder, layout, collectives)
+    stage = Stage(folder, layout, collectives, way=way)
     blocks = BlockTables(block_size=8, num_blocks=128)
     results = []
     for rows in steps:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from paged_batch import DecoderDriver, random_sequences
+from paged_batch import WAYS, DecoderDriver, random_sequences
 from tiny_models import FAMILIES, VOCAB_SIZE, load_reference, make_tiny_model
 
 LENGTHS = [9, 37, 74]
@@ -37,24 +37,40 @@ def decode_to_the_end(driver):
         driver.step(dict.fromkeys(range(len(driver.sequences)), 1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, tmp_path):
-    folder = make_tiny_model(family, tmp_path)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A tiny model, sequences and transformers' logits."""
+    folder = make_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
     sequences = random_sequences([length + DECODE_STEPS for length in LENGTHS], VOCAB_SIZE)
-    expected = reference_logits(folder, sequences)
+    return folder, sequences, reference_logits(folder, sequences)
 
-    whole = DecoderDriver(folder, sequences)
+
+@pytest.mark.parametrize("way", WAYS)
+def test_logits_equal_transformers(family, way):
+    folder, sequences, expected = family
+    whole = DecoderDriver(folder, sequences, way=way)
     whole.step(dict(enumerate(LENGTHS)))
     decode_to_the_end(whole)
     assert_same_logits(whole, expected)
 
     # Chunks that end inside blocks; the short prompt decodes beside the others' chunks.
-    chunked = DecoderDriver(folder, sequences)
+    chunked = DecoderDriver(folder, sequences, way=way)
     chunked.step({0: 9, 1: 13, 2: 1})
     chunked.step({0: 1, 1: 24, 2: 29})
     chunked.step({0: 1, 2: 44, 1: 1})
     chunked.step({0: 2, 1: 3, 2: 4})
     assert_same_logits(chunked, expected)
+
+
+def test_a_recorded_step_is_bit_for_bit_the_one_of_the_same_kernels_called_one_by_one(family):
+    folder, sequences, _ = family
+    drivers = [DecoderDriver(folder, sequences, way=way) for way in ("native", "recorded")]
+    for driver in drivers:
+        driver.step({0: 9, 1: 13, 2: 1})
+        driver.step({0: 1, 1: 24, 2: 29})
+        driver.step({0: 1, 1: 1})
+    for sequence in range(3):
+        assert torch.equal(drivers[0].all_logits(sequence), drivers[1].all_logits(sequence))
 
 
 @pytest.mark.parametrize(
@@ -75,10 +91,12 @@ def test_logits_equal_transformers(family, tmp_path):
 def test_options_of_a_family(family, overrides, tmp_path):
     folder = make_tiny_model(family, tmp_path, **overrides)
     sequences = random_sequences([length + DECODE_STEPS for length in LENGTHS], VOCAB_SIZE)
-    driver = DecoderDriver(folder, sequences)
-    driver.step(dict(enumerate(LENGTHS)))
-    decode_to_the_end(driver)
-    assert_same_logits(driver, reference_logits(folder, sequences))
+    expected = reference_logits(folder, sequences)
+    for way in ("torch", "recorded"):
+        driver = DecoderDriver(folder, sequences, way=way)
+        driver.step(dict(enumerate(LENGTHS)))
+        decode_to_the_end(driver)
+        assert_same_logits(driver, expected)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +208,10 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(family, tmp_path):
     exact = reference_logits(folder, sequences)[0]
     with torch.inference_mode():
         theirs = load_reference(folder).bfloat16()(torch.tensor(sequences)).logits[0].float()
-    driver = DecoderDriver(folder, sequences, dtype=torch.bfloat16)
-    driver.step({0: 50})
-    for _ in range(10):
-        driver.step({0: 1})
-    ours = driver.all_logits(0)
-    assert (ours - exact).square().mean() < 1.5 * (theirs - exact).square().mean()
+    for way in WAYS:
+        driver = DecoderDriver(folder, sequences, dtype=torch.bfloat16, way=way)
+        driver.step({0: 50})
+        for _ in range(10):
+            driver.step({0: 1})
+        ours = driver.all_logits(0)
+        assert (ours - exact).square().mean() < 1.5 * (theirs - exact).square().mean(), way

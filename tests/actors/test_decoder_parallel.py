@@ -52,7 +52,7 @@ class ThreadCollectives:
         return torch.cat(self._exchange(x), -1)
 
     def send_hidden(self, hidden: Tensor) -> None:
-        self._replica.hand_over[self._layout.rank + self._layout.tp_size].put(hidden)
+        self._replica.hand_over[self._layout.rank + self._layout.tp_size].put(hidden.clone())
 
     def recv_hidden(self, into: Tensor) -> Tensor:
         return into.copy_(self._replica.hand_over[self._layout.rank].get(timeout=30))
@@ -61,13 +61,13 @@ class ThreadCollectives:
         pass
 
 
-def assert_equals_one_shard(folder, tp: int, pp: int) -> None:
-    expected = run_shard(folder, ShardLayout(), SingleShard(), SEQUENCES, STEPS)
+def assert_equals_one_shard(folder, tp: int, pp: int, way: str = "recorded") -> None:
+    expected = run_shard(folder, ShardLayout(), SingleShard(), SEQUENCES, STEPS, "torch")
     layouts = all_layouts(tp, pp)
     replica = Replica(layouts)
     with ThreadPoolExecutor(len(layouts)) as pool:
         results = list(
-            pool.map(lambda it: run_shard(folder, it, ThreadCollectives(it, replica), SEQUENCES, STEPS), layouts)
+            pool.map(lambda it: run_shard(folder, it, ThreadCollectives(it, replica), SEQUENCES, STEPS, way), layouts)
         )
     for layout, logits in zip(layouts, results, strict=True):
         assert len(logits) == (len(STEPS) if layout.last_stage else 0)
@@ -78,6 +78,12 @@ def assert_equals_one_shard(folder, tp: int, pp: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_by_two_shards_equal_one(family, tmp_path):
     assert_equals_one_shard(make_tiny_model(family, tmp_path), tp=2, pp=2)
+
+
+@pytest.mark.parametrize("way", ["torch", "native"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "qwen2_moe"])
+def test_whichever_way_a_layer_runs(family, way, tmp_path):
+    assert_equals_one_shard(make_tiny_model(family, tmp_path), tp=2, pp=2, way=way)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "olmo2", "qwen2_moe"])

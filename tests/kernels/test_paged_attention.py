@@ -1,4 +1,4 @@
-"""The torch attention against attention written out for one query at a time."""
+"""Attention, in torch and compiled, against attention written out for one query at a time."""
 
 import math
 import random
@@ -9,28 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_batch import BlockTables
 
-from raytroupe.kernels import attention_plan
+from raytroupe.kernels import attention_plan, native_library
 from raytroupe.kernels.attention_plan import cut_into_buckets
-from raytroupe.kernels.native_attention import can_decode
-from raytroupe.kernels.paged_attention import PagedAttention, store_kv
+from raytroupe.kernels.native_kernels import NativeKernels
+from raytroupe.kernels.paged_attention import store_kv
+from raytroupe.kernels.torch_kernels import TorchKernels
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 10, 8
 SCALE = 0.37
 
 
 @pytest.fixture(params=["torch", "native"], autouse=True)
-def native_decode(request, monkeypatch):
-    """Every test runs with both implementations of decode rows."""
-    native = request.param == "native"
-    if native and not can_decode(torch.device("cpu"), torch.float32):
-        pytest.skip("the C kernels were not built: there was no C compiler at installation")
-    monkeypatch.setattr(Sequences, "native_decode", native)
+def kernels(request, monkeypatch):
+    """Every test runs with both implementations."""
+    if request.param == "torch":
+        kernels = TorchKernels(torch.device("cpu"), torch.float32)
+    elif native_library.is_built():
+        kernels = NativeKernels()
+    else:
+        pytest.skip("the kernels were not compiled: there was no C++ compiler at installation")
+    monkeypatch.setattr(Sequences, "kernels", kernels)
 
 
 class Sequences:
     """Random keys, values and queries for sequences of given lengths, cached in shuffled blocks."""
 
-    native_decode = False
+    kernels = None
 
     def __init__(self, lengths, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -43,17 +47,20 @@ class Sequences:
         shape = (KV_HEADS, 256, BLOCK, HEAD_DIM)
         # Unused slots hold numbers that would show.
         self.k_cache, self.v_cache = torch.full(shape, 1e3), torch.full(shape, 1e3)
-        self.attention = PagedAttention(native_decode=self.native_decode)
 
-    def step(self, rows, **options):
+    def step(self, rows, window=None, softcap=None):
         metadata = self.blocks.metadata(rows)
 
         def gathered(tensors):
             return torch.cat([tensors[i][start : start + count] for i, start, count in rows])
 
         store_kv(gathered(self.keys), gathered(self.values), self.k_cache, self.v_cache, metadata.slot_mapping)
-        plan = self.attention.plan(metadata, BLOCK)
-        return self.attention(gathered(self.queries), self.k_cache, self.v_cache, plan, scale=SCALE, **options)
+        plan = self.kernels.plan(metadata, BLOCK)
+        query = gathered(self.queries)
+        options = {"scale": SCALE, "window": window, "softcap": softcap}
+        out = self.kernels.attention(query, self.k_cache, self.v_cache, plan, **options)
+        assert out.shape == (len(query), HEADS * HEAD_DIM)
+        return out.view(len(query), HEADS, HEAD_DIM)
 
     def expected(self, rows, window=None, softcap=None):
         return torch.cat(

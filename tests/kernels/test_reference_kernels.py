@@ -5,11 +5,12 @@ import torch
 from torch.nn import functional
 
 from raytroupe.kernels.activation import gated_activation
-from raytroupe.kernels.backend import load_kernels
+from raytroupe.kernels.backend import CHOICE, load_kernels
 from raytroupe.kernels.linear import PackedLinear, PlainLinear, can_pack
 from raytroupe.kernels.moe import route, run_experts
 from raytroupe.kernels.norm import rms_norm, scale_by_rms, sum_of_squares
 from raytroupe.kernels.rotary import rotate_
+from raytroupe.kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
 
@@ -40,10 +41,8 @@ def test_a_norm_in_parts_equals_the_whole():
 def test_rotation_turns_pairs_and_passes_the_rest(rotary_dim):
     qkv = torch.randn(5, 7, 12)
     angles = torch.randn(5, rotary_dim // 2)
-    cos = torch.cat((angles.cos(), angles.cos()), -1)[:, None]
-    sin = torch.cat((-angles.sin(), angles.sin()), -1)[:, None]
     before = qkv.clone()
-    rotate_(qkv[:, :4], cos, sin)
+    rotate_(qkv[:, :4], angles.cos(), angles.sin())
     half = rotary_dim // 2
     pairs = torch.complex(before[:, :4, :half], before[:, :4, half:rotary_dim])
     turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
@@ -76,13 +75,34 @@ def test_packed_products_equal_plain_ones(rows, biased, dtype):
     bias = torch.randn(131).to(dtype) if biased else None
     expected = PlainLinear(weight.double(), None if bias is None else bias.double())(x.double())
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
-    torch.testing.assert_close(PackedLinear(weight, bias)(x).double(), expected, rtol=0, atol=tolerance)
+    for linear in (PackedLinear(weight, bias), PlainLinear(weight, bias)):
+        torch.testing.assert_close(linear(x).double(), expected, rtol=0, atol=tolerance)
+        assert linear(x).dtype == dtype
+        assert linear.float32(x).dtype == torch.float32
+        torch.testing.assert_close(linear.float32(x).double(), expected, rtol=0, atol=tolerance)
+        hidden = torch.ones(rows, 131, dtype=dtype)
+        linear.add_to(hidden, x, -0.5)
+        torch.testing.assert_close(hidden.double(), 1 - 0.5 * expected, rtol=0, atol=tolerance)
+
+
+def test_rows_of_an_embedding():
+    weight, rows = torch.randn(9, 5), torch.tensor([8, 0, 8, 3])
+    assert torch.equal(PlainLinear(weight).rows(rows), weight[rows])
+    with pytest.raises(IndexError):
+        PlainLinear(weight).rows(torch.tensor([9]))
 
 
 def test_only_the_cpu_packs():
     assert not can_pack(torch.device("cuda"), torch.float32)
     assert not can_pack(CPU, torch.float16)
-    assert load_kernels(CPU, torch.float16).linear is PlainLinear
+    kernels = load_kernels(CPU, torch.float16)
+    assert isinstance(kernels, TorchKernels)
+    assert type(kernels.linear(torch.ones(1, 1))) is PlainLinear
+
+
+def test_torch_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv(CHOICE, "torch")
+    assert isinstance(load_kernels(CPU, torch.float32), TorchKernels)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -101,7 +121,9 @@ def test_experts_are_summed_with_their_weights(tokens):
     gate_up, down = torch.randn(4, 12, 10), torch.randn(4, 10, 6)
     ids = torch.tensor([[2, 0], [0, 3], [2, 3]]).repeat(3, 1)[:tokens]  # expert 1 has no token
     weights = torch.rand(tokens, 2)
-    out = run_experts(x, weights, ids, list(map(PlainLinear, gate_up)), list(map(PlainLinear, down)), "silu")
+    kernels = TorchKernels(CPU, torch.float32)
+    gated = [kernels.gated_linear(expert, None, "silu") for expert in gate_up]
+    out = run_experts(x, weights, ids, gated, [kernels.linear(expert) for expert in down])
     for token in range(tokens):
         expected = torch.zeros(10)
         for weight, expert in zip(weights[token], ids[token], strict=True):
