@@ -7,6 +7,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import msgspec
@@ -54,10 +55,11 @@ class Serving:
         self._say(f"Ray is up ({time.monotonic() - began:.1f} s)")
         with failing_as("Ray Serve does not start"):
             with self._console.status("starting Ray Serve"):
-                self._deploy()
-            self._await_running()
+                started = self._deploy()
+            self._await_running(started)
         self._await_health()
         self._say(f"serving after {time.monotonic() - began:.1f} s")
+        self.cluster.await_dashboard()
         for line in self._welcome():
             self._say(line)
 
@@ -83,7 +85,9 @@ class Serving:
 
     # --- start ----------------------------------------------------------------------------------------------------
 
-    def _deploy(self) -> None:
+    def _deploy(self) -> Future[None]:
+        """Start Serve in a thread, and deploy as soon as its controller is there: replicas start while the proxy does.
+        The future ends when the proxy listens."""
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
@@ -92,19 +96,27 @@ class Serving:
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        serve.start(
+        thread = ThreadPoolExecutor(1, "serve")
+        started = thread.submit(
+            serve.start,
             http_options={"host": self._config.host, "port": self._config.port},
             logging_config=quiet,
         )
+        thread.shutdown(wait=False)
+        while not started.done() and not serve.status().proxies:
+            time.sleep(POLL_SECONDS)
+        if started.done():
+            started.result()
         application = build_application(self._config, self._models, self._listener)
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, logging_config=quiet)],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
+        return started
 
-    def _await_running(self) -> None:
-        """Show the loading of weights until all replicas run."""
+    def _await_running(self, started: Future[None]) -> None:
+        """Show the loading of weights until all replicas run and `started` has ended."""
         from ray import serve
         from ray.serve.schema import ApplicationStatus
 
@@ -123,8 +135,11 @@ class Serving:
                             raise EngineError(f"{model}: {cause}")
                 if time.monotonic() < next_look:
                     continue
+                if started.done():
+                    started.result()
                 application = serve.status().applications.get(APPLICATION)
                 if application is not None and application.status == ApplicationStatus.RUNNING:
+                    started.result()
                     return
                 if application is not None and application.status == ApplicationStatus.DEPLOY_FAILED:
                     raise EngineError(_cause(application.message))
