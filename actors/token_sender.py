@@ -1,7 +1,12 @@
-"""Tokens on their way to the ingresses: one message per engine step and ingress, never waiting for a reader."""
+"""Tokens on their way to the ingresses: one message per engine step and ingress, never waiting for a reader.
+
+Steps that follow each other faster than anybody can read share a message: what a token costs on its way from here to
+the client is paid per message, per event and per write, and on a machine without a GPU the shards need that time.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +19,8 @@ from ..cluster.messages import Endpoint, TokenBatch
 from ..cluster.request import TokenOutput
 from ..cluster.secure_socket import SecureContext
 
+MESSAGE_SECONDS = 0.02
+"""Between messages of a replica to the same ingress: 50 a second look like a steady stream to a reader."""
 KEEP_SECONDS = 60.0
 """An ingress without requests keeps its connection so long, which saves the next request the CURVE handshake."""
 CONNECT_SECONDS = 10.0
@@ -30,6 +37,13 @@ class _Outlet:
         self.requests = 0
         self.last_used = now
         self.batch: list[TokenOutput] = []
+        """What waits for the next message."""
+        self.urgent = False
+        """Something in `batch` must not wait."""
+        self.next_message = now
+        """What is not urgent waits until then, …"""
+        self.timer: asyncio.TimerHandle | None = None
+        """… which this one watches."""
         self.dead_at: float | None = now + CONNECT_SECONDS
         """When the ingress is given up unless it connects before; None: it is connected."""
 
@@ -45,17 +59,26 @@ class _Outlet:
 
     def close(self, linger_ms: int) -> None:
         """Close the connection, after at most `linger_ms` for what is queued."""
+        if self.timer is not None:
+            self.timer.cancel()
         self.socket.disable_monitor()
         self.socket.close(linger_ms)
 
 
 class TokenSender:
-    """Sends every request's outputs to the ingress that it came from. Use it in one thread only."""
+    """Sends every request's outputs to the ingress that it came from. Use it in one thread only.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        clock: seconds of a monotonic clock.
+        interval_s: an ingress gets a message no more often than that; the first and the last tokens of a request do
+            not wait. 0: every step sends, also outside of an event loop.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, interval_s: float = 0.0) -> None:
         self._context = SecureContext()
         self._encoder = msgspec.msgpack.Encoder()
         self._clock = clock
+        self._interval_s = interval_s
         self._outlets: dict[Endpoint, _Outlet] = {}
         self._by_request: dict[str, _Outlet] = {}
 
@@ -79,20 +102,34 @@ class TokenSender:
             outlet.last_used = self._clock()
 
     def publish(self, outputs: list[TokenOutput]) -> None:
-        """Send the outputs of one step: one `TokenBatch` to each ingress that has any."""
-        touched: list[_Outlet] = []
+        """Send the outputs of one step, with those that wait: one `TokenBatch` to each ingress whose time has come."""
         for output in outputs:
             outlet = self._by_request.get(output.request_id)
-            if outlet is None:
-                continue
+            if outlet is not None:
+                outlet.batch.append(output)
+                if output.index == 0 or output.finish_reason is not None or not output.tokens:
+                    outlet.urgent = True
+        now = self._clock() if self._interval_s else 0.0
+        for outlet in self._outlets.values():
             if not outlet.batch:
-                touched.append(outlet)
-            outlet.batch.append(output)
-        for outlet in touched:
-            # Without a high-water mark the message is queued in memory even if the ingress reads nothing; its size
-            # is bounded by the requests of that ingress, which end or are aborted when it dies (`drop_unreachable`).
-            outlet.socket.send(self._encoder.encode(TokenBatch(outlet.batch)), zmq.DONTWAIT)
-            outlet.batch = []
+                continue
+            if not self._interval_s or outlet.urgent or now >= outlet.next_message:
+                self._send(outlet)
+            elif outlet.timer is None:
+                loop = asyncio.get_running_loop()
+                outlet.timer = loop.call_later(outlet.next_message - now, self._send, outlet)
+
+    def _send(self, outlet: _Outlet) -> None:
+        """Send what waits in `outlet`."""
+        if outlet.timer is not None:
+            outlet.timer.cancel()
+            outlet.timer = None
+        # Without a high-water mark the message is queued in memory even if the ingress reads nothing; its size is
+        # bounded by the requests of that ingress, which end or are aborted when it dies (`drop_unreachable`).
+        outlet.socket.send(self._encoder.encode(TokenBatch(outlet.batch)), zmq.DONTWAIT)
+        outlet.batch, outlet.urgent = [], False
+        if self._interval_s:
+            outlet.next_message = self._clock() + self._interval_s
 
     def drop_unreachable(self) -> list[str]:
         """Close the connections to ingresses that are gone; the requests that came from there, now unregistered.
@@ -115,6 +152,9 @@ class TokenSender:
 
     def close(self) -> None:
         """Close all connections, after a moment for what is queued."""
+        for outlet in self._outlets.values():
+            if outlet.batch:
+                self._send(outlet)
         self._outlets.clear()
         self._by_request.clear()
         self._context.close()

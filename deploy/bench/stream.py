@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import cProfile
+import gc
 import itertools
 import json
 import multiprocessing
@@ -41,7 +42,7 @@ import uvloop
 
 from ...actors.control_calls import ControlCalls
 from ...actors.engine_loop import EngineLoop
-from ...actors.token_sender import TokenSender
+from ...actors.token_sender import MESSAGE_SECONDS, TokenSender
 from ...cluster.errors import EngineError
 from ...cluster.messages import GenerateCall, ModelCard
 from ...cluster.scheduler import Scheduler, SchedulerConfig
@@ -70,6 +71,7 @@ def main(
     step_ms: Annotated[float, typer.Option(help="Time of an engine step, which gives each stream a token.")] = 25.0,
     repeats: Annotated[int, typer.Option(help="Runs; the table has the medians.")] = 3,
     endpoint: Annotated[str, typer.Option(help="chat/completions or completions.")] = "chat/completions",
+    coalesce: Annotated[bool, typer.Option(help="Let steps share messages as a replica does.")] = True,
     profile: Annotated[Path | None, typer.Option(help="Write a profile of the ingress here.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
@@ -81,7 +83,9 @@ def main(
         calls = str(Path(folder) / "calls")
         ready = spawn.Barrier(3)
         processes = [
-            spawn.Process(target=run_engine, args=(calls, streams, step_ms / 1e3, ready), name="engine", daemon=True),
+            spawn.Process(
+                target=run_engine, args=(calls, streams, step_ms / 1e3, coalesce, ready), name="engine", daemon=True
+            ),
             spawn.Process(target=run_ingress, args=(calls, listener, profile, ready), name="ingress", daemon=True),
         ]
         for process in processes:
@@ -107,7 +111,14 @@ def main(
         }
         for name in ("engine", "ingress", "client")
     ]
-    settings = {"streams": streams, "tokens": tokens, "step_ms": step_ms, "endpoint": endpoint, "repeats": repeats}
+    settings = {
+        "streams": streams,
+        "tokens": tokens,
+        "step_ms": step_ms,
+        "endpoint": endpoint,
+        "coalesce": coalesce,
+        "repeats": repeats,
+    }
     publish(Report("bench.stream", settings, COLUMNS, rows, {"runs": runs, **medians}), output)
     print(f"{medians['tokens_per_second']:.0f} tokens/s, {medians['events_per_token']:.2f} events per token")
 
@@ -147,6 +158,7 @@ async def read_stream(port: int, endpoint: str, tokens: int) -> int:
             "max_tokens": tokens,
             "temperature": 0,
             "ignore_eos": True,
+            "skip_special_tokens": False,
             "stream": True,
             "stream_options": {"include_usage": True},
             **({"prompt": "Hi"} if endpoint == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}),
@@ -193,6 +205,7 @@ def run_ingress(calls: str, listener: socket.socket, profile: Path | None, ready
         app = build_app([card], client, metrics=IngressMetrics("bench"))
         # The settings of `start_asgi_http_server` in Ray Serve.
         config = uvicorn.Config(app, lifespan="off", access_log=False, log_level=None, log_config=None)
+        gc.freeze()  # so does Serve
         ready.wait()
         await uvicorn.Server(config).serve([listener])
 
@@ -245,7 +258,7 @@ def _vocabulary_size() -> int:
 # --- engine -----------------------------------------------------------------------------------------------------------
 
 
-def run_engine(calls: str, streams: int, step_seconds: float, ready: Any) -> None:
+def run_engine(calls: str, streams: int, step_seconds: float, coalesce: bool, ready: Any) -> None:
     """A scheduler with its loop and its token sender, over steps that only take time."""
     vocabulary = _vocabulary_size()
     numbers = random.Random(0)
@@ -262,16 +275,16 @@ def run_engine(calls: str, streams: int, step_seconds: float, ready: Any) -> Non
         )
         executor = _PacedExecutor(step_seconds, tokens.__next__)
         engine = EngineLoop(Scheduler(config), executor, lambda outputs: control.publish(outputs))
-        control = ControlCalls(engine, TokenSender())
+        control = ControlCalls(engine, TokenSender(interval_s=MESSAGE_SECONDS if coalesce else 0.0))
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             call = msgspec.msgpack.decode(await reader.read(), type=GenerateCall)
             writer.write(msgspec.msgpack.encode(await control.serve(call)))
             writer.close()
 
-        await asyncio.start_unix_server(answer, calls)
-        ready.wait()
-        await engine.run()
+        async with await asyncio.start_unix_server(answer, calls, backlog=streams):
+            ready.wait()
+            await engine.run()
 
     uvloop.run(serve())
 

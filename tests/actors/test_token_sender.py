@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 
@@ -187,3 +188,97 @@ def test_an_ingress_that_never_answers_is_given_up(sender: TokenSender, clock: C
     assert sender.drop_unreachable() == []
     clock.now += 0.02
     assert sender.drop_unreachable() == ["a"]
+
+
+async def receive_soon(socket: zmq.Socket) -> list[TokenOutput]:
+    """Like `receive`, but timers go on meanwhile."""
+    for _ in range(1000):
+        if socket.poll(0):
+            return receive(socket)
+        await asyncio.sleep(0.01)
+    raise AssertionError("no message within 10 s")
+
+
+@pytest.fixture
+def paced(clock: Clock) -> Iterator[TokenSender]:
+    sender = TokenSender(clock, interval_s=0.2)
+    yield sender
+    sender.close()
+
+
+async def test_steps_within_the_interval_share_a_message(context: SecureContext, paced: TokenSender) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    paced.register("a", endpoint)
+    paced.publish([TokenOutput("a", [1], index=0)])
+    assert await receive_soon(socket) == [TokenOutput("a", [1], index=0)], "a first token does not wait"
+    waiting = [TokenOutput("a", [token], index=token) for token in range(1, 4)]
+    for output in waiting:
+        paced.publish([output])
+    assert not socket.poll(50)
+    assert await receive_soon(socket) == waiting
+
+
+async def test_after_the_interval_a_step_sends_at_once(
+    context: SecureContext, paced: TokenSender, clock: Clock
+) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    paced.register("a", endpoint)
+    paced.publish([TokenOutput("a", [0], index=0)])
+    paced.publish([TokenOutput("a", [1], index=1)])
+    clock.now += 0.2
+    paced.publish([TokenOutput("a", [2], index=2)])
+    assert [output.tokens for output in receive(socket)] == [[0]]
+    assert [output.tokens for output in receive(socket)] == [[1], [2]]
+    await asyncio.sleep(0.3)
+    assert not socket.poll(50), "the timer has nothing left to do"
+
+
+@pytest.mark.parametrize(
+    "urgent",
+    [
+        TokenOutput("b", [], index=5),
+        TokenOutput("b", [7], index=0),
+        TokenOutput("b", [7], FinishReason.STOP, 7, index=9),
+    ],
+    ids=["accepted", "first", "last"],
+)
+async def test_what_is_urgent_takes_along_what_waits(
+    context: SecureContext, paced: TokenSender, urgent: TokenOutput
+) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    other, other_endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    for request_id, ingress in (("a", endpoint), ("b", endpoint), ("c", other_endpoint)):
+        paced.register(request_id, ingress)
+    paced.publish([TokenOutput("a", [0], index=0), TokenOutput("c", [0], index=0)])
+    paced.publish([TokenOutput("a", [1], index=1), TokenOutput("c", [1], index=1)])
+    paced.publish([urgent])
+    assert [output.tokens for output in receive(socket)] == [[0]]
+    assert receive(socket) == [TokenOutput("a", [1], index=1), urgent]
+    assert [output.tokens for output in receive(other)] == [[0]]
+    assert not other.poll(50), "another ingress is not concerned"
+
+
+async def test_what_waits_is_sent_when_the_sender_closes(context: SecureContext, clock: Clock) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    sender = TokenSender(clock, interval_s=60.0)
+    sender.register("a", endpoint)
+    sender.publish([TokenOutput("a", [0], index=0)])
+    sender.publish([TokenOutput("a", [1], index=1)])
+    sender.close()
+    assert [output.tokens for output in receive(socket) + receive(socket)] == [[0], [1]]
+
+
+async def test_an_ingress_that_is_gone_has_no_timer_left(context: SecureContext, clock: Clock) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    socket.close(0)
+    sender = TokenSender(clock, interval_s=0.05)
+    sender.register("a", endpoint)
+    sender.publish([TokenOutput("a", [0], index=0)])
+    sender.publish([TokenOutput("a", [1], index=1)])
+    clock.now += CONNECT_SECONDS
+    assert sender.drop_unreachable() == ["a"]
+    faults: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+    await asyncio.sleep(0.1)
+    assert not faults
+    sender.close()
