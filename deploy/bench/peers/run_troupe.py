@@ -7,12 +7,11 @@ Fields are those of `ModelConfig`.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ....actors.local_engine import LocalEngine
-from ....cluster.request import SamplingParams
-from .points import MAX_BATCHED_TOKENS, MAX_NUM_SEQS, Point, Reporter, parse_arguments, prompts
+from ..engine_points import WARM_UP, run_point, timed
+from .points import MAX_BATCHED_TOKENS, MAX_NUM_SEQS, Reporter, parse_arguments
 
 MAX_MODEL_LEN = 2048
 
@@ -31,20 +30,11 @@ def main() -> None:
         **arguments.fields,
     }
     with LocalEngine(arguments.model, **fields) as engine:
-
-        def timed(point: Point) -> float:
-            """Seconds from the call to the last token."""
-            batch = prompts(point.concurrency, point.prompt_len, arguments.vocab_size)
-            start = time.perf_counter()
-            completions = engine.generate(batch, SamplingParams(temperature=0, max_tokens=point.output_len))
-            elapsed = time.perf_counter() - start
-            assert all(len(completion.tokens) == point.output_len for completion in completions), "stopped early"
-            return elapsed
-
-        timed(Point(2, 16, 2))
+        timed(engine, WARM_UP, arguments.vocab_size)
         reporter = Reporter("troupe", arguments.model, fields["dtype"])
         for point in arguments.points:
-            reporter.report(point, timed(point), timed(point._replace(output_len=1)))
+            run = run_point(engine, point, arguments.vocab_size)
+            reporter.report(point, run.total_s, run.prefill_s)
 
 
 if __name__ == "__main__":
