@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..cluster.model_spec import ModelSpec
 from ..cluster.topology import ShardLayout
-from ..kernels import huge_pages
 
 
 class KVCache:
@@ -52,9 +51,3 @@ def _zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return huge_pages.zeros(shape, dtype)
-    return torch.zeros(shape, dtype=dtype, device=device)
