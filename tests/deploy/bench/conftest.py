@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from raytroupe.deploy import cli
 
 WORDS = ["Grüße", " 世界", " 🙂", " end"]
 FULL = ("429 Too Many Requests", {"error": {"message": "queue is full", "code": "queue_full"}})
@@ -141,6 +145,25 @@ class StreamServer:
     def _whole(writer: asyncio.StreamWriter, status: str, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+@pytest.fixture
+def troupe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line in this process, which spares every test the start of another."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["troupe", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        code = end.value.code or 0
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
+
+    return run
 
 
 @pytest.fixture

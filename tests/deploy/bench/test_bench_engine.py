@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from raytroupe.deploy.bench.engine import resolve_model
 from raytroupe.deploy.bench.engine_points import StepTimes, run_point
 from raytroupe.deploy.bench.peers.points import Point
 
-COMMAND = [sys.executable, "-m", "raytroupe.deploy.cli", "bench", "engine"]
+Troupe = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +29,11 @@ def result(tokens: int) -> StepResult:
     return StepResult(0, [1] * tokens, None, model_seconds=0.0, total_seconds=0.0)
 
 
-def test_command_prints_and_writes_the_same_figures(tiny: Path, tmp_path: Path) -> None:
+def test_command_prints_and_writes_the_same_figures(troupe: Troupe, tiny: Path, tmp_path: Path) -> None:
     file, plot = tmp_path / "engine.json", tmp_path / "engine.svg"
     options = ["--concurrency", "1,3", "--prompt", "20", "--output", "6", "--repeats", "2", "--dtype", "float32"]
     options += ["--num-threads", "1", "--kv-cache-memory", "8MiB"]
-    done = subprocess.run(
-        [*COMMAND, str(tiny), *options, "--json", str(file), "--plot", str(plot)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = troupe("bench", "engine", str(tiny), *options, "--json", str(file), "--plot", str(plot))
     assert done.returncode == 0, done.stderr
     written = json.loads(file.read_text())
     assert written["settings"]["dtype"] == "float32"
@@ -112,8 +107,8 @@ def test_missing_benchmark_model_is_made(tmp_path: Path, monkeypatch: pytest.Mon
         (["demo-small", "--kv-cache-memory", "lots"], "kv_cache_memory = 'lots'"),
     ],
 )
-def test_bad_values_are_refused_in_one_line(options: list[str], message: str) -> None:
-    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=60)
+def test_bad_values_are_refused_in_one_line(troupe: Troupe, options: list[str], message: str) -> None:
+    done = troupe("bench", "engine", *options)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")

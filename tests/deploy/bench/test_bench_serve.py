@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,33 @@ from .conftest import StreamServer
 COMMAND = [sys.executable, "-m", "raytroupe.deploy.cli", "bench", "serve"]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
+Bench = Callable[..., subprocess.CompletedProcess[str]]
+Measure = Callable[..., tuple[str, dict[str, Any]]]
 
 
-def measure(server: StreamServer, tmp_path: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
-    """What the command printed, and its JSON."""
-    file = tmp_path / "figures" / "serve.json"
-    done = bench(server.url, "--output", "4", "--json", str(file), *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(file.read_text())
+@pytest.fixture
+def bench(troupe: Bench) -> Bench:
+    """Runs `troupe bench serve` with the given arguments."""
+    return lambda *arguments: troupe("bench", "serve", *arguments)
 
 
-def test_sweep_of_both_loops(server: StreamServer, tmp_path: Path) -> None:
+@pytest.fixture
+def measure(bench: Bench, server: StreamServer, tmp_path: Path) -> Measure:
+    """Runs it against the server; what it printed, and its JSON."""
+
+    def run(*arguments: str) -> tuple[str, dict[str, Any]]:
+        file = tmp_path / "figures" / "serve.json"
+        done = bench(server.url, "--output", "4", "--json", str(file), *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads(file.read_text())
+
+    return run
+
+
+def test_sweep_of_both_loops(measure: Measure, server: StreamServer, tmp_path: Path) -> None:
     plot = tmp_path / "figures" / "serve.svg"
     loads = ["--concurrency", "1,3", "--rate", "50,inf", "--requests", "6"]
-    text, written = measure(server, tmp_path, *loads, "--slo", "ttft:10s,e2e:20s", "--plot", str(plot))
+    text, written = measure(*loads, "--slo", "ttft:10s,e2e:20s", "--plot", str(plot))
     points = written["notes"]["points"]
     assert [point["load"] for point in points] == ["1 client", "3 clients", "50 req/s", "inf req/s"]
     for point in points:
@@ -61,9 +73,9 @@ def test_sweep_of_both_loops(server: StreamServer, tmp_path: Path) -> None:
     assert len({tuple(body["prompt"]) for body in server.requests}) == len(server.requests)
 
 
-def test_failures_stand_beside_the_latencies(server: StreamServer, tmp_path: Path) -> None:
+def test_failures_stand_beside_the_latencies(measure: Measure, tmp_path: Path) -> None:
     options = ["--model", "full-after-two", "--concurrency", "1", "--requests", "5", "--warm-up", "0"]
-    text, written = measure(server, tmp_path, *options, "--plot", str(tmp_path / "serve.png"))
+    text, written = measure(*options, "--plot", str(tmp_path / "serve.png"))
     (point,) = written["notes"]["points"]
     assert (point["completed"], point["rejected"], point["errors"]) == (1, 4, 0), "one answer went to the probe"
     assert point["failures"] == {"HTTP 429": 4}
@@ -73,14 +85,14 @@ def test_failures_stand_beside_the_latencies(server: StreamServer, tmp_path: Pat
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_errors_are_no_rejections(server: StreamServer, tmp_path: Path) -> None:
+def test_errors_are_no_rejections(measure: Measure) -> None:
     options = ["--model", "broken-after-two", "--concurrency", "2", "--requests", "4", "--warm-up", "0"]
-    _, written = measure(server, tmp_path, *options)
+    _, written = measure(*options)
     (point,) = written["notes"]["points"]
     assert (point["completed"], point["rejected"], point["errors"]) == (1, 0, 3)
 
 
-def test_nothing_answered_is_a_failure(server: StreamServer) -> None:
+def test_nothing_answered_is_a_failure(bench: Bench, server: StreamServer) -> None:
     done = bench(server.url, "--model", "cut", "--concurrency", "2")
     assert done.returncode == 1
     assert "answered none of 4 requests: cut off" in done.stderr
@@ -89,22 +101,22 @@ def test_nothing_answered_is_a_failure(server: StreamServer) -> None:
     assert "16 × cut off" in without_warm_up.stdout
 
 
-def test_chat_with_texts(server: StreamServer, tmp_path: Path) -> None:
+def test_chat_with_texts(measure: Measure, server: StreamServer) -> None:
     options = ["--endpoint", "chat", "--prompt-form", "text", "--concurrency", "2", "--requests", "4"]
-    _, written = measure(server, tmp_path, *options, "--prompt", "uniform:5:9")
+    _, written = measure(*options, "--prompt", "uniform:5:9")
     assert written["notes"]["points"][0]["completed"] == 4
     texts = [body["messages"][0]["content"] for body in server.requests[-4:]]
     assert all(5 <= len(text.split()) <= 9 for text in texts)
 
 
-def test_trace_is_replayed_at_its_own_times(server: StreamServer, tmp_path: Path) -> None:
+def test_trace_is_replayed_at_its_own_times(measure: Measure, server: StreamServer, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     lines = [
         {"timestamp": 1000 * index, "input_length": 600, "output_length": 3 + index, "hash_ids": [5, index]}
         for index in range(4)
     ]
     trace.write_text("\n".join(map(json.dumps, lines)))
-    _, written = measure(server, tmp_path, "--trace", str(trace), "--time-scale", "0.2")
+    _, written = measure("--trace", str(trace), "--time-scale", "0.2")
     (point,) = written["notes"]["points"]
     assert point["load"] == "as recorded"
     due = [request["scheduled"] for request in point["requests_in_order"]]
@@ -115,24 +127,24 @@ def test_trace_is_replayed_at_its_own_times(server: StreamServer, tmp_path: Path
     assert len({tuple(body["prompt"]) for body in bodies}) == 4
 
 
-def test_shared_prefixes_reach_the_server(server: StreamServer, tmp_path: Path) -> None:
+def test_shared_prefixes_reach_the_server(measure: Measure, server: StreamServer) -> None:
     options = ["--prefix-groups", "2", "--prefix-len", "64", "--prompt", "8", "--requests", "12", "--concurrency", "2"]
-    measure(server, tmp_path, *options)
+    measure(*options)
     prompts = [body["prompt"] for body in server.requests[-12:]]
     assert {len(prompt) for prompt in prompts} == {72}
     assert len({tuple(prompt[:64]) for prompt in prompts}) == 2
 
 
-def test_fields_that_a_server_refuses_are_left_out(server: StreamServer, tmp_path: Path) -> None:
+def test_fields_that_a_server_refuses_are_left_out(bench: Bench, server: StreamServer) -> None:
     done = bench(server.url, "--model", "openai", "--concurrency", "1", "--requests", "2", "--output", "4")
     assert done.returncode == 0, done.stderr
     assert "refuses ignore_eos" in done.stderr
     assert all("stream_options" in body and "ignore_eos" not in body for body in server.requests[-2:])
 
 
-def test_a_vocabulary_that_the_server_has_is_found(server: StreamServer, tmp_path: Path) -> None:
+def test_a_vocabulary_that_the_server_has_is_found(measure: Measure, bench: Bench, server: StreamServer) -> None:
     options = ["--model", "small-vocabulary", "--concurrency", "1", "--requests", "2"]
-    _, written = measure(server, tmp_path, *options)
+    _, written = measure(*options)
     assert written["settings"]["vocab_size"] == 4000
     assert max(max(body["prompt"]) for body in server.requests[-2:]) < 4000
     refused = bench(server.url, "--model", "small-vocabulary", "--vocab-size", "9000")
@@ -140,9 +152,9 @@ def test_a_vocabulary_that_the_server_has_is_found(server: StreamServer, tmp_pat
     assert "400: token id does not exist" in refused.stderr
 
 
-def test_key_is_sent_and_not_written(server: StreamServer, tmp_path: Path) -> None:
+def test_key_is_sent_and_not_written(measure: Measure, bench: Bench, server: StreamServer, tmp_path: Path) -> None:
     options = ["--model", "locked", "--concurrency", "1", "--requests", "1", "--api-key", "secret"]
-    measure(server, tmp_path, *options, "--header", "X-Team: blue")
+    measure(*options, "--header", "X-Team: blue")
     assert server.headers[-1]["x-team"] == "blue"
     assert "secret" not in (tmp_path / "figures" / "serve.json").read_text()
     refused = bench(server.url, "--model", "locked")
@@ -177,14 +189,14 @@ def test_models_are_asked_for(server: StreamServer) -> None:
             probe.models()
 
 
-def test_one_of_several_models_has_to_be_chosen(server: StreamServer) -> None:
+def test_one_of_several_models_has_to_be_chosen(bench: Bench, server: StreamServer) -> None:
     server.models = ["a", "b"]
     done = bench(server.url)
     assert done.returncode == 2
     assert done.stderr == f"error: {server.url} serves a, b; choose one with --model\n"
 
 
-def test_a_server_that_is_not_there_is_said_in_one_line() -> None:
+def test_a_server_that_is_not_there_is_said_in_one_line(bench: Bench) -> None:
     done = bench("http://127.0.0.1:9")
     assert done.returncode == 1
     assert done.stderr.startswith("error: no server answers at http://127.0.0.1:9/v1 (")
