@@ -334,8 +334,11 @@ INLINE element *output(const Attention &op, const Step &step, const Item &item, 
 template <typename element> INLINE void finish_output(const Attention &op, element *out, const float *sums, float total)
 {
     const float share = 1.0f / total;
-    for (int d = 0; d < op.head_dim; d += LANES)
-        store_up_to(out + d, load_lanes(sums + d) * share, op.head_dim - d < LANES ? op.head_dim - d : LANES);
+    int d = 0;
+    for (; d + LANES <= op.head_dim; d += LANES)
+        store_rounded(out + d, load_lanes(sums + d) * share);
+    if (d < op.head_dim)
+        store_some(out + d, load_lanes(sums + d) * share, op.head_dim - d);
 }
 
 // What the threads share while a sequence is split: for every sequence and KV head how many pieces are done, then for every

@@ -95,16 +95,17 @@ INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const S
     rows.largest[row] = largest_lane(largest);
 }
 
-INLINE void store_weights(float *target, lanes weights) { store_lanes(target, weights); }
-
-INLINE void store_weights(uint16_t *target, lanes weights)
+// As store_lanes, but what is too small for a normal number may become 0.
+template <typename element> INLINE void store_rounded(element *target, lanes values)
 {
 #if NATIVE_BFLOAT16
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)weights);
-    memcpy(target, &narrow, sizeof narrow);
-#else
-    store_lanes(target, weights);
+    if constexpr (sizeof(element) == 2) {
+        const __m256bh narrow = _mm512_cvtneps_pbh((__m512)values);
+        memcpy(target, &narrow, sizeof narrow);
+        return;
+    }
 #endif
+    store_lanes(target, values);
 }
 
 // The scores become weights: of what a row sees, [begin, end), relative to its largest score, and 0 elsewhere.
@@ -123,7 +124,7 @@ INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, con
                 x = select(lanes_between(begin - i, end - i), x, lanes{});
             total += x;
         }
-        store_weights(weights + i, x);
+        store_rounded(weights + i, x);
     }
     rows.totals[row] = total;
 }

@@ -1,19 +1,205 @@
-"""The C kernel is there where it can be built, and refuses what it does not know."""
+"""The compiled attention against float64: mixed batches of every shape, all instruction sets, any number of threads."""
 
-import shutil
+import dataclasses
+import math
+import random
 
 import pytest
 import torch
+from torch import Tensor
 
-from raytroupe.kernels.native_attention import can_decode
+from raytroupe.kernels import native_library
+from raytroupe.kernels.native_library import INSTRUCTION_SETS, AttentionOperation, Kind, OperationList, Step
+
+pytestmark = pytest.mark.skipif(
+    not native_library.is_built(), reason="the kernels were not compiled: there was no C++ compiler at installation"
+)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler to build it with")
-def test_it_was_built_at_installation():
-    assert can_decode(torch.device("cpu"), torch.float32)
-    assert can_decode(torch.device("cpu"), torch.bfloat16)
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    usual = native_library.instruction_set()
+    try:
+        native_library.use_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"this processor lacks {request.param}")
+    yield request.param
+    native_library.use_instruction_set(usual)
 
 
-def test_other_devices_and_dtypes_take_the_torch_path():
-    assert not can_decode(torch.device("cpu"), torch.float16)
-    assert not can_decode(torch.device("meta"), torch.float32)
+@dataclasses.dataclass
+class Shape:
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    window: int = 0
+    softcap: float = 0.0
+
+
+class Batch:
+    """Sequences of (queries, context) tokens in shuffled blocks; all of the cache that is not theirs is NaN."""
+
+    def __init__(self, shape: Shape, sequences: list[tuple[int, int]], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random_numbers(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator).to(shape.dtype)
+
+        self.shape, self.sequences = shape, sequences
+        blocks = [-(-context // shape.block_size) for _, context in sequences]
+        num_blocks = sum(blocks) + 2
+        size = (shape.kv_heads, num_blocks, shape.block_size, shape.head_dim)
+        self.k_cache, self.v_cache = (torch.full(size, math.nan, dtype=shape.dtype) for _ in range(2))
+        shuffled = iter(torch.randperm(num_blocks, generator=generator).tolist())
+        self.block_tables = torch.zeros(len(sequences), max(blocks) + 1, dtype=torch.int32)
+        for row, (_, context) in enumerate(sequences):
+            for block in range(blocks[row]):
+                self.block_tables[row, block] = next(shuffled)
+            tokens = torch.arange(context)
+            places = self.block_tables[row].long()[tokens // shape.block_size], tokens % shape.block_size
+            for cache in (self.k_cache, self.v_cache):
+                cache[:, *places] = random_numbers(shape.kv_heads, context, shape.head_dim)
+        self.rows = sum(queries for queries, _ in sequences)
+        # Queries lie in a wider matrix, as they do beside keys and values.
+        self.query = random_numbers(self.rows, shape.heads + 3, shape.head_dim)[:, : shape.heads]
+
+    def run(self, threads: int = 2, only: int | None = None) -> Tensor:
+        """All rows, or those of one sequence as if it were alone."""
+        shape = self.shape
+        chosen = range(len(self.sequences)) if only is None else [only]
+        counts = [self.sequences[row][0] for row in chosen]
+        first = sum(queries for queries, _ in self.sequences[: chosen[0]])
+        query_start = torch.tensor([0, *counts]).cumsum(0).int()
+        context_lens = torch.tensor([self.sequences[row][1] for row in chosen], dtype=torch.int32)
+        block_tables = self.block_tables[list(chosen)]
+        query = self.query[first : first + sum(counts)]
+        out = torch.full((sum(counts), shape.heads, shape.head_dim), math.nan, dtype=shape.dtype)
+        operation = AttentionOperation(
+            kind=Kind.ATTENTION,
+            bfloat16=shape.dtype == torch.bfloat16,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            block_size=shape.block_size,
+            window=shape.window,
+            scale=shape.head_dim**-0.5,
+            softcap=shape.softcap,
+            query=query.data_ptr(),
+            k_cache=self.k_cache.data_ptr(),
+            v_cache=self.v_cache.data_ptr(),
+            out=out.data_ptr(),
+            query_stride=query.stride(0),
+            out_stride=out.stride(0),
+            num_blocks=self.k_cache.shape[1],
+        )
+        step = Step(
+            query_start=query_start.data_ptr(),
+            context_lens=context_lens.data_ptr(),
+            block_tables=block_tables.data_ptr(),
+            rows=len(out),
+            sequences=len(counts),
+            decode_rows=counts.count(1),
+            table_width=block_tables.stride(0),
+            threads=threads,
+        )
+        OperationList([operation]).run(step)
+        return out
+
+    def expected(self) -> Tensor:
+        """float64 [rows, heads, head_dim]."""
+        shape, attended, first = self.shape, [], 0
+        for row, (queries, context) in enumerate(self.sequences):
+            blocks = self.block_tables[row, : -(-context // shape.block_size)].long()
+            keys, values = (
+                cache[:, blocks].flatten(1, 2)[:, :context].double().repeat_interleave(shape.heads // shape.kv_heads, 0)
+                for cache in (self.k_cache, self.v_cache)
+            )
+            query = self.query[first : first + queries].double().transpose(0, 1)
+            scores = query @ keys.transpose(1, 2) * shape.head_dim**-0.5
+            if shape.softcap:
+                scores = shape.softcap * torch.tanh(scores / shape.softcap)
+            position, key = torch.arange(context - queries, context)[:, None], torch.arange(context)
+            hidden = key > position
+            if shape.window:
+                hidden |= key <= position - shape.window
+            weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+            attended.append((weights @ values).transpose(0, 1))
+            first += queries
+        return torch.cat(attended)
+
+    def check(self, threads: int = 2) -> None:
+        torch.testing.assert_close(
+            self.run(threads).double(), self.expected(), rtol=0, atol=TOLERANCE[self.shape.dtype]
+        )
+
+
+def random_batch(seed: int, dtype: torch.dtype) -> Batch:
+    rng = random.Random(seed)
+    kv_heads = rng.choice([1, 2, 3])
+    shape = Shape(
+        heads=kv_heads * rng.choice([1, 2, 3, 4, 7, 8, 16]),
+        kv_heads=kv_heads,
+        head_dim=rng.choice([7, 10, 16, 20, 64, 80, 96, 128, 256]),
+        block_size=rng.choice([1, 3, 16, 32, 100]),
+        dtype=dtype,
+        window=rng.choice([0, 0, 1, 5, 30, 100, 700]),
+        softcap=rng.choice([0.0, 0.0, 2.0, 30.0]),
+    )
+    counts = [1] * rng.randint(0, 4) + [rng.choice([2, 3, 17, 64, 97, 150]) for _ in range(rng.randint(1, 2))]
+    return Batch(shape, [(count, count + rng.choice([0, 1, 15, 63, 100, 600, 1100])) for count in counts], seed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_mixed_batches_match_float64(instruction_set, dtype, seed):
+    random_batch(seed, dtype).check()
+
+
+@pytest.mark.parametrize("window", [1, 3, 16, 127, 128, 129, 1000])
+def test_windows_match_float64(window):
+    """Smaller than a block, than a tile of keys and than the chunk, and so that some queries see nothing of a tile."""
+    Batch(Shape(window=window), [(1, 400), (1, 1), (200, 700)]).check()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_result_does_not_depend_on_the_number_of_threads(instruction_set, dtype):
+    """Some contexts are cut into pieces, which different threads attend to."""
+    batch = Batch(Shape(dtype=dtype), [(1, 3000), (1, 1100), (1, 90), (5, 1500), (130, 260)])
+    batch.check()
+    alone = batch.run(threads=1)
+    for threads in (2, 3, 8, 16):
+        assert torch.equal(batch.run(threads), alone)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_sequence_alone_and_in_a_batch_are_bitwise_the_same(instruction_set, dtype):
+    batch = Batch(Shape(dtype=dtype), [(1, 33), (1, 1400), (1, 600), (3, 900), (70, 80)])
+    together, first = batch.run(), 0
+    for row, (queries, _) in enumerate(batch.sequences):
+        assert torch.equal(together[first : first + queries], batch.run(only=row))
+        first += queries
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_broken_query_breaks_no_other(instruction_set, broken):
+    batch = Batch(Shape(), [(1, 700), (1, 40), (9, 60)])
+    whole = batch.run()
+    for row in (0, 4):
+        batch.query[row] = broken
+    rest = [row for row in range(batch.rows) if row not in (0, 4)]
+    assert torch.equal(batch.run()[rest], whole[rest])
+
+
+def test_large_scores_do_not_overflow(instruction_set):
+    batch = Batch(Shape(), [(1, 300), (40, 90)])
+    batch.query *= 1e3
+    batch.check()
+
+
+def test_a_context_of_100000_tokens():
+    """As many pieces as there may be, of several thousand tokens each."""
+    Batch(Shape(heads=2, kv_heads=1, head_dim=16), [(1, 100_000), (3, 70_000)]).check()
