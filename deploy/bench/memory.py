@@ -1,12 +1,13 @@
-"""Memory of a shard's process besides its weights and KV cache: when it has started, after load, and at its peak.
+"""Memory of a shard's process besides its weights and KV cache: under load, and the most that it ever had.
 
     python -m raytroupe.deploy.make_bench_model bench-models/llama-254m
     python -m raytroupe.deploy.bench.memory bench-models/llama-254m
 
 A real server is started, and asked for more tokens than its KV cache holds, in prompts as long as a step takes, so that
-every KV block has been touched and all workspaces are as large as they get. Besides what is subtracted there remain the
-interpreter, torch, Ray, the buffers of a step and whatever loading has left behind. Pages of libraries that other
-processes use as well count in full.
+every KV block has been touched and all workspaces are as large as they get. The peak shows what loading needs: a second
+copy of the weights, if there ever was one. Besides what is subtracted there remain the interpreter, torch, Ray, the
+buffers of a step and whatever loading has left behind. Pages of libraries that other processes use as well count in
+full.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOUCH_FACTOR = 1.25
 """Tokens asked for, as a multiple of those that the KV cache holds."""
 COLUMNS = [
-    Column("when", "when"),
-    Column("resident", "resident MiB", ".0f"),
-    Column("anonymous", "anonymous MiB", ".0f"),
-    Column("shared", "shared memory MiB", ".0f"),
-    Column("file", "files MiB", ".0f"),
-    Column("weights", "weights MiB", ".0f"),
-    Column("kv_cache", "KV cache MiB", ".0f"),
-    Column("besides", "besides MiB", ".0f"),
+    Column("when", "MiB"),
+    Column("resident", "resident", ".0f"),
+    Column("anonymous", "anonymous", ".0f"),
+    Column("shared", "shared", ".0f"),
+    Column("file", "files", ".0f"),
+    Column("weights", "weights", ".0f"),
+    Column("kv_cache", "KV cache", ".0f"),
+    Column("besides", "besides", ".0f"),
     Column("ratio", f"besides / {TARGET_MIB} MiB", ".2f"),
 ]
 
@@ -74,13 +75,10 @@ def main(
     arguments += ["--max-model-len", str(2 * prompt_len), "--max-num-batched-tokens", str(max_num_batched_tokens)]
     with ServeProcess(*arguments) as server:
         shard = shard_process(server.pid)
-        started = read_memory(shard)
         for prompt in prompts(round(kv_tokens * TOUCH_FACTOR), prompt_len, spec.vocab_size):
             ask(server, prompt)
         loaded = read_memory(shard)
     rows = [
-        row("started", started, started.resident, weights, 0),
-        row("peak of the start", started, started.peak, weights, 0),
         row("under load", loaded, loaded.resident, weights, kv_cache),
         row("peak", loaded, loaded.peak, weights, kv_cache),
     ]
@@ -91,8 +89,7 @@ def main(
         "max_num_batched_tokens": max_num_batched_tokens,
         "prompt_len": prompt_len,
     }
-    notes = {"when started": "what the warm-up has touched of the KV cache is not subtracted"}
-    publish(Report("memory", settings, COLUMNS, rows, notes), output)
+    publish(Report("memory", settings, COLUMNS, rows), output)
 
 
 def row(when: str, memory: ProcessMemory, resident: int, weights: int, kv_cache: int) -> dict[str, float | str]:
