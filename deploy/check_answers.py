@@ -19,6 +19,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from ..cluster.errors import EngineError
+from .bench.options import JsonFile
 from .bench.report import Column, Report, publish, run_as_program
 from .bench.serve_process import ServeProcess
 from .eval import DEMO_TASKS, EvalItem, load_items, score
@@ -39,7 +40,7 @@ def main(
     tasks: Annotated[Path, typer.Option(help="Questions and answers as JSON lines.")] = DEMO_TASKS,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 128,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare the answers of the embedded models over HTTP with those of transformers."""
     disable_progress_bar()
@@ -67,7 +68,7 @@ def main(
             }
         )
     settings = {"arguments": " ".join(arguments or []), "dtype": "float32", "max_tokens": max_tokens}
-    publish(Report("check_answers", settings, COLUMNS, rows, {"differing": differing}), output)
+    publish(Report("check_answers", settings, COLUMNS, rows, {"differing": differing}), json_file)
     if any(differing.values()):
         raise typer.Exit(1)
 

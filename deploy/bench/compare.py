@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 
 from ...cluster.errors import ConfigError, EngineError
+from .options import THREADS, JsonFile, Repeats, Threads
 from .peers.points import CONCURRENCY, HIGHEST_TOKEN, OUTPUT_LEN, PROMPT_LEN
 from .report import Column, Report, publish, run_as_program
 
@@ -62,13 +63,13 @@ def main(
     ),
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of every request.")] = PROMPT_LEN,
     output_len: Annotated[int, typer.Option("--output", min=2, help="Generated tokens of every request.")] = OUTPUT_LEN,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each side.")] = len(os.sched_getaffinity(0)),
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 3,
+    threads: Threads = THREADS,
+    repeats: Repeats = 3,
     vocab_size: Annotated[int, typer.Option(min=11, help="Prompt tokens are below this.")] = HIGHEST_TOKEN,
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Field of Troupe's model; may be repeated.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure Troupe and its peers alternately."""
     counts = parse_counts(concurrency)

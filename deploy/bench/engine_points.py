@@ -10,6 +10,7 @@ from ...actors.local_engine import LocalEngine
 from ...cluster.request import SamplingParams
 from ...cluster.step import StepResult
 from .distribution import Distribution, distribution
+from .mixed_requests import BenchRequest
 from .peers.points import Point, figures, prompts
 
 WARM_UP = Point(2, 16, 2)
@@ -98,3 +99,16 @@ def timed(engine: LocalEngine, point: Point, vocab_size: int) -> tuple[float, St
         engine.observe = None
     assert all(len(completion.tokens) == point.output_len for completion in completions), "a request stopped early"
     return seconds, times
+
+
+def run_engine(engine: LocalEngine, requests: list[BenchRequest]) -> float:
+    """Seconds for all requests, added at once."""
+    start = time.perf_counter()
+    completions = engine.generate(
+        [request.prompt for request in requests],
+        [SamplingParams(temperature=0, max_tokens=request.output_len) for request in requests],
+    )
+    seconds = time.perf_counter() - start
+    lengths = [len(completion.tokens) for completion in completions]
+    assert lengths == [request.output_len for request in requests], "a request stopped early"
+    return seconds

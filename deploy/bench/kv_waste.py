@@ -20,6 +20,7 @@ from ...cluster.request import SamplingParams
 from ...cluster.step import StepResult
 from ..model_folder import DEMO_MODELS
 from .mixed_requests import mixed_requests
+from .options import JsonFile, ModelFolder
 from .report import Column, Report, publish, run_as_program
 
 LOADS = {"long": ((256, 768), (16, 256)), "short": ((256, 256), (16, 32))}
@@ -37,16 +38,16 @@ COLUMNS = [
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of the model.")] = Path(DEMO_MODELS[1]),
+    model: ModelFolder = Path(DEMO_MODELS[1]),
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 128,
     running: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the internal waste of the KV cache."""
     rows = [measure(load, model, requests, running, block_size) for load in LOADS]
     settings = {"model": model.name, "requests": requests, "running": running, "block_size": block_size}
-    publish(Report("kv_waste", settings, COLUMNS, rows), output)
+    publish(Report("kv_waste", settings, COLUMNS, rows), json_file)
 
 
 def measure(load: str, model: Path, requests: int, running: int, block_size: int) -> dict[str, Any]:

@@ -1,133 +1,121 @@
-"""Continuous batching seen by a client: many requests at once against the same requests one at a time, over HTTP.
+"""Continuous batching seen by a client: requests at once over HTTP, against one at a time and against the engine alone.
 
     python -m raytroupe.deploy.make_bench_model bench-models/llama-254m
     python -m raytroupe.deploy.bench.over_http bench-models/llama-254m
 
-Requests have mixed lengths (`mixed_requests.py`) and end only at their length. Every run has fresh prompt tokens, so
-that nothing comes from the prefix cache. The server computes in bfloat16 unless told otherwise. Runs of both kinds
-alternate; the table has the medians.
+`troupe serve` is started with one replica; the same requests go to it over HTTP and, in this process, to an engine of
+the same configuration while the server has nothing to do. Requests have mixed lengths (`mixed_requests.py`) and end
+only at their length. Every run has fresh prompt tokens, so that nothing comes from the prefix cache. The sides take
+turns; the table has the medians.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
+import uvloop
 
+from ...actors.local_engine import LocalEngine
 from ...cluster.errors import EngineError
+from .client import BenchClient, Outcome, ServerOptions, parse_url
+from .command import parse_fields
+from .engine_points import run_engine
+from .load import closed_loop
 from .mixed_requests import BenchRequest, mixed_requests, wanted_tokens
+from .options import DTYPE, VOCAB_SIZE, JsonFile, ModelFolder, Repeats, Requests
 from .report import Column, Report, measure_in_turn, publish, run_as_program
 from .serve_process import ServeProcess
+from .summary import summarise
+from .workload import Request
 
 COLUMNS = [
-    Column("clients", "requests"),
+    Column("side", "requests"),
     Column("seconds", "seconds", ".2f"),
-    Column("tokens_per_second", "output tokens/s", ".1f"),
+    Column("tokens_per_second", "output tok/s", ".1f"),
+    Column("of_engine", "of the engine's speed", ".1%"),
     Column("ratio", "× one at a time", ".2f"),
 ]
+KV_CACHE_MEMORY = "1GiB"
+"""Of each side, as neither may take all that is left."""
+ONE_AT_A_TIME, AT_ONCE, IN_PROCESS = "one at a time over HTTP", "at once over HTTP", "at once in process"
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Folder of the model.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of troupe serve, after `--`.")] = None,
-    requests: Annotated[int, typer.Option(help="Requests in one run.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Runs of either kind.")] = 3,
-    vocab_size: Annotated[int, typer.Option(help="Prompt tokens are below this.")] = 32_000,
-    stream: Annotated[bool, typer.Option(help="Read the answers as server-sent events.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    model: ModelFolder,
+    requests: Requests = 32,
+    repeats: Repeats = 3,
+    vocab_size: Annotated[int, typer.Option(help="Prompt tokens are below this.")] = VOCAB_SIZE,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Field of the model's configuration, on both sides.")
+    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Measure requests at once against one at a time."""
-    variants = iter(range(10**9))
+    """Measure requests at once over HTTP."""
+    fields: dict[str, Any] = {"dtype": DTYPE, "kv_cache_memory": KV_CACHE_MEMORY, **parse_fields(field or [])}
+    flags = [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)]
+    variants = itertools.count()
 
     def workload() -> list[BenchRequest]:
         return mixed_requests(requests, vocab_size, variant=next(variants))
 
-    flags = ["--dtype", "bfloat16", *(arguments or [])]  # the last of two equal flags counts
-    with ServeProcess(model, *flags) as server:
-        client = CompletionClient(server.address, server.model_names()[0], stream)
-        asyncio.run(client.at_once(mixed_requests(4, vocab_size, output_len=(4, 4), seed=1)))
+    with ServeProcess(str(model), *flags) as server, LocalEngine(model, **fields) as engine:
+        options = ServerOptions(url=parse_url(server.address), model=server.model_names()[0])
+        warm_up = mixed_requests(4, vocab_size, output_len=(4, 4), seed=1)
+        run_over_http(options, warm_up, len(warm_up))
+        run_engine(engine, warm_up)
         seconds = measure_in_turn(
             {
-                "one at a time": lambda: asyncio.run(client.one_at_a_time(workload())),
-                "at once": lambda: asyncio.run(client.at_once(workload())),
+                ONE_AT_A_TIME: lambda: run_over_http(options, workload(), 1),
+                AT_ONCE: lambda: run_over_http(options, workload(), requests),
+                IN_PROCESS: lambda: run_engine(engine, workload()),
             },
             repeats,
         )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = wanted_tokens(workload())
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
-            "clients": f"{requests} {name}",
+            "side": f"{requests} {name}",
             "seconds": median,
             "tokens_per_second": tokens / median,
-            "ratio": medians["one at a time"] / median,
+            "of_engine": medians[IN_PROCESS] / median,
+            "ratio": medians[ONE_AT_A_TIME] / median,
         }
         for name, median in medians.items()
     ]
-    settings = {
-        "model": Path(model).name,
-        "requests": requests,
-        "stream": stream,
-        "repeats": repeats,
-        "flags": " ".join(flags),
-    }
-    publish(Report("over_http", settings, COLUMNS, rows, {"seconds": seconds, "output_tokens": tokens}), output)
+    settings = {"model": Path(model).name, "requests": requests, "repeats": repeats, **fields}
+    publish(Report("over_http", settings, COLUMNS, rows, {"seconds": seconds, "output_tokens": tokens}), json_file)
 
 
-class CompletionClient:
-    """Sends benchmark requests to `/v1/completions` and checks that each got all its tokens."""
+def run_over_http(options: ServerOptions, workload: list[BenchRequest], clients: int) -> float:
+    """Seconds until the last of `workload` is answered by a server that so many clients ask.
 
-    def __init__(self, address: str, model: str, stream: bool) -> None:
-        self._url = f"{address}/v1/completions"
-        self._model = model
-        self._stream = stream
+    Raises:
+        EngineError: a request failed or got other than its number of tokens; the times would not compare.
+    """
+    outcomes: list[Outcome] = []
 
-    async def at_once(self, requests: list[BenchRequest]) -> float:
-        """Seconds until the last of `requests`, all sent at the same time, is answered."""
-        async with self._client() as client:
-            start = time.perf_counter()
-            await asyncio.gather(*(self._complete(client, request) for request in requests))
-            return time.perf_counter() - start
+    async def run() -> None:
+        client = BenchClient(options)
+        requests = (Request(source.prompt, len(source.prompt), source.output_len) for source in workload)
+        try:
+            await closed_loop(client, requests, clients, outcomes)
+        finally:
+            client.close()
 
-    async def one_at_a_time(self, requests: list[BenchRequest]) -> float:
-        """Seconds until the last of `requests` is answered, each sent when the one before it is answered."""
-        async with self._client() as client:
-            start = time.perf_counter()
-            for request in requests:
-                await self._complete(client, request)
-            return time.perf_counter() - start
-
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
-
-    async def _complete(self, client: httpx.AsyncClient, request: BenchRequest) -> None:
-        body: dict[str, Any] = {
-            "model": self._model,
-            "prompt": request.prompt,
-            "max_tokens": request.output_len,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
-        if self._stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        usage: dict[str, Any] = {}
-        async with client.stream("POST", self._url, json=body) as answer:
-            if answer.status_code != 200:
-                raise EngineError(f"{answer.status_code} from {self._url}: {(await answer.aread()).decode()}")
-            if self._stream:
-                async for event in answer.aiter_lines():
-                    if event.startswith("data: {"):
-                        usage = json.loads(event.removeprefix("data: ")).get("usage") or usage
-            else:
-                usage = json.loads(await answer.aread())["usage"]
-        if usage.get("completion_tokens") != request.output_len:
-            raise EngineError(f"asked for {request.output_len} tokens and got {usage}; the times would not compare")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise EngineError(f"a request failed: {outcome.error}: {outcome.detail}")
+        if outcome.output_len != outcome.wanted_len:
+            raise EngineError(f"asked for {outcome.wanted_len} tokens and got {outcome.output_len}")
+    return summarise(outcomes).seconds
 
 
 if __name__ == "__main__":

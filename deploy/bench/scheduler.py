@@ -15,7 +15,6 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +23,7 @@ from ...cluster.request import EngineRequest, SamplingParams
 from ...cluster.scheduler import Scheduler, SchedulerConfig
 from ...cluster.step import StepPlan, StepResult
 from .mixed_requests import mixed_requests
+from .options import JsonFile
 from .report import Column, Report, percentile, publish, run_as_program
 
 BLOCK_SIZE = 16
@@ -45,13 +45,13 @@ COLUMNS = [
 def main(
     running: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
     steps: Annotated[int, typer.Option(max=MAX_MODEL_LEN - 512, help="Measured steps of each load.")] = 2000,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure schedule() + update()."""
     rows = [measure("decode", decode_only(running), running, steps)]
     rows.append(measure("turnover", turnover(), running, steps))
     settings = {"running": running, "block_size": BLOCK_SIZE}
-    publish(Report("scheduler", settings, COLUMNS, rows), output)
+    publish(Report("scheduler", settings, COLUMNS, rows), json_file)
 
 
 def decode_only(running: int) -> Iterator[EngineRequest]:

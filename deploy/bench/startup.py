@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated
 
 import httpx
 import typer
 
 from ...cluster.errors import EngineError
+from .options import JsonFile
 from .report import Column, Report, publish, run_as_program
 from .serve_process import ServeProcess
 
@@ -36,7 +36,7 @@ def main(
         list[str] | None, typer.Argument(help="Arguments of troupe serve, after `--`; none: the embedded models.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Starts.")] = 3,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the time from process start to first token."""
     runs = sorted((start_once(arguments or []) for _ in range(repeats)), key=lambda events: events[-1][0])
@@ -51,7 +51,7 @@ def main(
     settings = {"arguments": " ".join(arguments or []), "repeats": repeats}
     publish(
         Report("startup", settings, COLUMNS, rows, {"totals": totals, "median_of_totals": statistics.median(totals)}),
-        output,
+        json_file,
     )
 
 

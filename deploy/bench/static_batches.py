@@ -10,10 +10,8 @@ all requests at once and lets each go when it is done.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -22,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ...actors.local_engine import LocalEngine
-from ...cluster.request import SamplingParams
+from .engine_points import run_engine
 from .mixed_requests import BenchRequest, mixed_requests, wanted_tokens
+from .options import DTYPE, THREADS, Dtype, JsonFile, ModelFolder, Repeats, Requests, Threads
 from .report import Column, Report, measure_in_turn, publish, run_as_program
 
 PAD = 0
@@ -36,13 +35,13 @@ COLUMNS = [
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of the model.")],
-    requests: Annotated[int, typer.Option(min=1, help="Requests in one run.")] = 32,
+    model: ModelFolder,
+    requests: Requests = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests in one batch of transformers.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of either side.")] = 3,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads of either side.")] = len(os.sched_getaffinity(0)),
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    repeats: Repeats = 3,
+    dtype: Dtype = DTYPE,
+    threads: Threads = THREADS,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure Troupe and transformers on the same requests."""
     disable_progress_bar()
@@ -82,7 +81,7 @@ def main(
         for side, median in medians.items()
     ]
     settings = {"model": model.name, "requests": requests, "dtype": dtype, "threads": threads, "repeats": repeats}
-    publish(Report("static_batches", settings, COLUMNS, rows, {"seconds": seconds, "wanted_tokens": tokens}), output)
+    publish(Report("static_batches", settings, COLUMNS, rows, {"seconds": seconds, "wanted_tokens": tokens}), json_file)
 
 
 @torch.inference_mode()
@@ -100,19 +99,6 @@ def run_static_batches(model: Any, requests: list[BenchRequest], batch_size: int
         )
         assert generated.shape == (len(batch), width + longest), "generate() stopped early"
     return time.perf_counter() - start
-
-
-def run_engine(engine: LocalEngine, requests: list[BenchRequest]) -> float:
-    """Seconds for all requests, added at once."""
-    start = time.perf_counter()
-    completions = engine.generate(
-        [request.prompt for request in requests],
-        [SamplingParams(temperature=0, max_tokens=request.output_len) for request in requests],
-    )
-    seconds = time.perf_counter() - start
-    lengths = [len(completion.tokens) for completion in completions]
-    assert lengths == [request.output_len for request in requests], "a request stopped early"
-    return seconds
 
 
 if __name__ == "__main__":

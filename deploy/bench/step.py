@@ -11,9 +11,7 @@ scheduling and hand-over, as far as the next plan was not made while a step ran.
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +20,7 @@ from ...actors.local_engine import LocalEngine
 from ...cluster.request import SamplingParams
 from ...cluster.step import StepResult
 from .mixed_requests import mixed_requests
+from .options import DTYPE, THREADS, Concurrency, Dtype, JsonFile, ModelFolder, Threads
 from .report import Column, Report, publish, run_as_program
 
 COLUMNS = [
@@ -33,13 +32,13 @@ COLUMNS = [
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of the model.")],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
+    model: ModelFolder,
+    concurrency: Concurrency = 32,
     prompt_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of every request.")] = 64,
     output_len: Annotated[int, typer.Option(min=2, help="Generated tokens of every request.")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = len(os.sched_getaffinity(0)),
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    dtype: Dtype = DTYPE,
+    threads: Threads = THREADS,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the share of a step that is not the model's."""
     with LocalEngine(
@@ -79,7 +78,7 @@ def main(
         "dtype": dtype,
         "threads": threads,
     }
-    publish(Report("step", settings, COLUMNS, rows, {"steps": len(results), "seconds": wall}), output)
+    publish(Report("step", settings, COLUMNS, rows, {"steps": len(results), "seconds": wall}), json_file)
 
 
 if __name__ == "__main__":

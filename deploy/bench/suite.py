@@ -30,9 +30,9 @@ def main(
     if not (model / "config.json").exists():
         run("make_bench_model", str(model))
     for name in WITHOUT_MODEL:
-        run(name, "--output", str(results / f"{name.rpartition('.')[2]}.json"))
+        run(name, "--json", str(results / f"{name.rpartition('.')[2]}.json"))
     for name in WITH_MODEL:
-        run(name, str(model), "--output", str(results / f"{name.rpartition('.')[2]}.json"))
+        run(name, str(model), "--json", str(results / f"{name.rpartition('.')[2]}.json"))
 
 
 def run(name: str, *arguments: str) -> None:

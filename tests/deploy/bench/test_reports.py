@@ -61,7 +61,7 @@ def test_report_prints_and_writes_the_same_figures(tmp_path: Path, capsys: pytes
 
 def test_scheduler_benchmark_runs_both_loads(tmp_path: Path) -> None:
     path = tmp_path / "scheduler.json"
-    bench_scheduler.main(running=8, steps=40, output=path)
+    bench_scheduler.main(running=8, steps=40, json_file=path)
     decode, turnover = json.loads(path.read_text())["rows"]
     assert decode["running"] == 8
     assert decode["steps"] == turnover["steps"] == 40
