@@ -14,6 +14,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "deploy/demo_models/README.md",
+    ROOT / "deploy/bench/peers/README.md",
 ]
 MADE_ON_DEMAND = {".typecheck/raytroupe", "bench-models/", "bench-results/"}
 
