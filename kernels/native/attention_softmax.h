@@ -3,11 +3,21 @@
 
 constexpr float LOWEST = -3.0e38f; // finite, so that the difference of two is never NaN
 
+// As select: the compiler's own choice is best where there are mask registers, and goes lane by lane elsewhere.
+INLINE lanes choose(signed_bits mask, lanes a, lanes b)
+{
+#if NATIVE_AVX512
+    return mask ? a : b;
+#else
+    return select(mask, a, b);
+#endif
+}
+
 // 2^x for x <= 0, relative error below 1e-7, from x = -126 on downwards 2^-126: x = n + r with |r| <= 1/2; 2^r by Cephes'
 // polynomial, 2^n by adding n to the exponent. NaN stays NaN.
 INLINE lanes exp2_lanes(lanes x)
 {
-    x = x < -126.0f ? broadcast(-126.0f) : x;
+    x = choose(x < -126.0f, broadcast(-126.0f), x);
     const lanes shifted = x + 12582912.0f; // 1.5 * 2^23: rounds to a whole number, which is left in the lowest bits
     const lanes r = x - (shifted - 12582912.0f);
     lanes p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
@@ -22,14 +32,14 @@ INLINE lanes exp2_lanes(lanes x)
 // Both ends have their own formula: near 0 the difference of two numbers near 1 would lose the digits.
 INLINE lanes tanh_lanes(lanes x)
 {
-    const lanes size = x < 0.0f ? -x : x, square = x * x;
+    const lanes size = choose(x < 0.0f, -x, x), square = x * x;
     const lanes e = exp2_lanes(size * -2.88539008f); // e^-2|x|
     const lanes large = (1.0f - e) / (1.0f + e);
     lanes small = square * (62.0f / 2835) - 17.0f / 315;
     small = small * square + 2.0f / 15;
     small = small * square - 1.0f / 3;
     small = x + x * square * small;
-    return size < 0.25f ? small : x < 0.0f ? -large : large;
+    return choose(size < 0.25f, small, choose(x < 0.0f, -large, large));
 }
 
 INLINE float largest_lane(lanes values)
@@ -89,7 +99,7 @@ INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const S
         x *= scaling.factor;
         if (begin > i || end < i + LANES)
             x = select(lanes_between(begin - i, end - i), x, broadcast(LOWEST));
-        largest = x > largest ? x : largest;
+        largest = choose(x > largest, x, largest);
     }
     rows.previous[row] = rows.largest[row];
     rows.largest[row] = largest_lane(largest);

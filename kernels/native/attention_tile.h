@@ -8,12 +8,20 @@
 // time: bfloat16 is widened once, here, and not in every product.
 
 constexpr int TILE_TOKENS = 128;
+// PRODUCT_ROWS rows × PANEL blocks of sums are in registers. They are spelt in vectors of a register's own size: GCC keeps
+// arrays of longer ones in memory.
 #if NATIVE_AVX512
-constexpr int PANEL = 4;        // blocks of a panel
-constexpr int PRODUCT_ROWS = 6; // rows × blocks sums are in registers
-#else
+constexpr int PANEL = 4;
+constexpr int PRODUCT_ROWS = 6;
+typedef lanes register_lanes;
+#elif defined(__AVX2__)
 constexpr int PANEL = 2;
 constexpr int PRODUCT_ROWS = 3;
+typedef half_lanes register_lanes;
+#else
+constexpr int PANEL = 1;
+constexpr int PRODUCT_ROWS = 3;
+typedef quarter_lanes register_lanes;
 #endif
 
 // What the cache's elements become in a packed tile.
@@ -169,7 +177,9 @@ INLINE void pack_values(signed_bits *tile, const element *const *values, int beg
             const element *const *rows = values + step * PER_STEP<packed>;
             switch (width) {
             case 1: pack_values<1, packed>(target + step, rows, block * LANES, dim); break;
+#if defined(__AVX2__)
             case 2: pack_values<2, packed>(target + step * 2, rows, block * LANES, dim); break;
+#endif
 #if NATIVE_AVX512
             case 3: pack_values<3, packed>(target + step * 3, rows, block * LANES, dim); break;
             case 4: pack_values<4, packed>(target + step * 4, rows, block * LANES, dim); break;
@@ -184,24 +194,28 @@ template <int ROWS, int WIDTH, typename packed>
 static void multiply_panel(const packed *left, int64_t left_stride, const signed_bits *panel, int steps, float *out,
                            int64_t out_stride, const float *keep)
 {
-    lanes sums[ROWS][WIDTH];
+    constexpr int size = sizeof(register_lanes) / sizeof(float), registers = WIDTH * LANES / size;
+    register_lanes sums[ROWS][registers];
     for (int row = 0; row < ROWS; row++)
-        for (int block = 0; block < WIDTH; block++)
-            sums[row][block] = keep ? load_lanes(out + row * out_stride + block * LANES) * keep[row] : lanes{};
-    for (int step = 0; step < steps; step++) {
-        for (int row = 0; row < ROWS; row++) {
-            const packed *x = left + row * left_stride + step * PER_STEP<packed>;
-            for (int block = 0; block < WIDTH; block++)
-                if constexpr (sizeof(packed) == 2)
-                    sums[row][block] = dot_pairs(sums[row][block], panel[block], input_pair(x));
-                else
-                    sums[row][block] += (lanes)panel[block] * *x;
+        for (int i = 0; i < registers; i++) {
+            sums[row][i] = register_lanes{};
+            if (keep) {
+                memcpy(&sums[row][i], out + row * out_stride + i * size, sizeof sums[row][i]);
+                sums[row][i] *= keep[row];
+            }
         }
-        panel += WIDTH;
+    for (int step = 0; step < steps; step++, panel += WIDTH) {
+        const packed *x = left + step * PER_STEP<packed>;
+        for (int row = 0; row < ROWS; row++, x += left_stride)
+            for (int i = 0; i < registers; i++)
+                if constexpr (sizeof(packed) == 2)
+                    sums[row][i] = dot_pairs(sums[row][i], panel[i], input_pair(x));
+                else
+                    sums[row][i] += ((const register_lanes *)panel)[i] * *x;
     }
     for (int row = 0; row < ROWS; row++)
-        for (int block = 0; block < WIDTH; block++)
-            store_lanes(out + row * out_stride + block * LANES, sums[row][block]);
+        for (int i = 0; i < registers; i++)
+            memcpy(out + row * out_stride + i * size, &sums[row][i], sizeof sums[row][i]);
 }
 
 template <int WIDTH, typename packed>
@@ -227,7 +241,9 @@ INLINE void multiply_panel(int rows, int width, const packed *left, int64_t left
 {
     switch (width) {
     case 1: return multiply_rows<1>(rows, left, left_stride, panel, steps, out, out_stride, keep);
+#if defined(__AVX2__)
     case 2: return multiply_rows<2>(rows, left, left_stride, panel, steps, out, out_stride, keep);
+#endif
 #if NATIVE_AVX512
     case 3: return multiply_rows<3>(rows, left, left_stride, panel, steps, out, out_stride, keep);
     case 4: return multiply_rows<4>(rows, left, left_stride, panel, steps, out, out_stride, keep);
