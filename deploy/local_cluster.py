@@ -140,11 +140,16 @@ class LocalCluster:
             # with 64 streams than with a thread and a loop for each.
             "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
             "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+            # Milliseconds between the moments at which each replica hands its counts to Ray; 100 take 5 ms of every
+            # second and replica.
+            "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
             "RAY_SERVE_LOG_TO_STDERR": "0",
             # What guards our own sockets travels through Ray, so Ray must not be open to everybody.
             "RAY_AUTH_MODE": "token",
             # Ray would wait for its dashboard before it starts anything else, a third of the time to the first token.
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0",
+            # Ray would run our processes at niceness 15, behind everything else: its own dashboard, a client.
+            "RAY_worker_niceness": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
