@@ -140,8 +140,8 @@ class LocalCluster:
             # with 64 streams than with a thread and a loop for each.
             "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
             "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-            # Milliseconds between the moments at which each replica hands its counts to Ray; 100 take 5 ms of every
-            # second and replica.
+            # How often each replica hands its counts to Ray. Serve's 100 ms are much work for figures that are
+            # collected every few seconds.
             "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
             "RAY_SERVE_LOG_TO_STDERR": "0",
             # What guards our own sockets travels through Ray, so Ray must not be open to everybody.
