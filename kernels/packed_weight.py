@@ -41,7 +41,13 @@ def interleave_gate(weight: Tensor) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, rows: Tensor, num_rows: int, inputs: int) -> Tensor:
-    """Rows [R] int64 of a weight [num_rows, inputs] that was packed: [R, inputs], a new tensor."""
+    """Rows [R] int64 of a weight [num_rows, inputs] that was packed: [R, inputs], a new tensor.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
+        raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a weight with {num_rows} rows")
     pair = inputs_per_step(packed.dtype)
     steps = -(-inputs // pair)
     whole = num_rows // GROUP * GROUP
@@ -57,7 +63,7 @@ def unpack_rows(packed: Tensor, rows: Tensor, num_rows: int, inputs: int) -> Ten
         local = (rows if every else rows[inside]) - begin
         found = view[local // (blocks * LANES), local // LANES % blocks, local % LANES].flatten(1)
         if every:
-            return found[:, :inputs]
+            return found[:, :inputs].contiguous()
         result[inside] = found
     return result[:, :inputs].contiguous()
 

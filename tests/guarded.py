@@ -1,0 +1,57 @@
+"""Matrices inside larger ones whose margins show whether anything was written or read beside them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raytroupe.kernels.native_kernels import NativeKernels
+
+MARGIN = 3
+SENTINEL = -12345.0
+
+
+class Guarded:
+    """A matrix [rows, width] with rows and columns around it."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, *, margin: float, inside: float) -> None:
+        self._all = torch.full((rows + 2 * MARGIN, width + 2 * MARGIN), margin, dtype=dtype)
+        self._before = self._all.clone()
+        self.inside = self._all[MARGIN : MARGIN + rows, MARGIN : MARGIN + width]
+        self.inside.fill_(inside)
+
+    def assert_margins(self) -> None:
+        """Nothing was written beside the matrix."""
+        rows, width = self.inside.shape
+        now = self._all.clone()
+        now[MARGIN : MARGIN + rows, MARGIN : MARGIN + width] = self._before[
+            MARGIN : MARGIN + rows, MARGIN : MARGIN + width
+        ]
+        assert torch.equal(now, self._before), "something was written beside the matrix"
+
+
+def surrounded_by_nan(x: Tensor) -> Tensor:
+    """x as a view whose rows lie apart; what is read beside it makes a result NaN."""
+    guarded = Guarded(*x.shape, x.dtype, margin=torch.nan, inside=0.0)
+    return guarded.inside.copy_(x)
+
+
+class GuardedKernels(NativeKernels):
+    """Results lie in guarded matrices that are NaN before; `check` looks at all since the last check."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guarded: list[Guarded] = []
+
+    def temporary(self, like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """See `NativeKernels`."""
+        guarded = Guarded(len(like), width, dtype, margin=SENTINEL, inside=torch.nan)
+        self._guarded.append(guarded)
+        return guarded.inside
+
+    def check(self) -> None:
+        """The margins are as they were."""
+        assert self._guarded, "nothing was computed"
+        for guarded in self._guarded:
+            guarded.assert_margins()
+        self._guarded.clear()
