@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import math
+import resource
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -135,6 +136,8 @@ def run(settings: ServeSettings, console: Console) -> ServeRun:
         console.print("the server refuses ignore_eos: answers may be shorter than asked for", style="yellow")
     prompts = texts or TokenPrompts(vocab_size, prompt_seed)
     result = ServeRun(options, vocab_size, prompt_seed)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # every request under way has a socket
     with (
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         Progress(

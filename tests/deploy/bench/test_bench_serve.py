@@ -247,3 +247,9 @@ DEFAULTS: dict[str, Any] = {
     "prompt": "128",
     "output_len": "64",
 }
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    program = "import raytroupe.deploy.cli, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert {"matplotlib", "numpy", "torch", "ray", "transformers", "uvloop"}.isdisjoint(done.stdout.split())
