@@ -14,7 +14,7 @@ constexpr int TILE_TOKENS = 128;
 constexpr int PANEL = 4;
 constexpr int PRODUCT_ROWS = 6;
 typedef lanes register_lanes;
-#elif defined(__AVX2__)
+#elif NATIVE_AVX2
 constexpr int PANEL = 2;
 constexpr int PRODUCT_ROWS = 3;
 typedef half_lanes register_lanes;
@@ -177,7 +177,7 @@ INLINE void pack_values(signed_bits *tile, const element *const *values, int beg
             const element *const *rows = values + step * PER_STEP<packed>;
             switch (width) {
             case 1: pack_values<1, packed>(target + step, rows, block * LANES, dim); break;
-#if defined(__AVX2__)
+#if NATIVE_AVX2
             case 2: pack_values<2, packed>(target + step * 2, rows, block * LANES, dim); break;
 #endif
 #if NATIVE_AVX512
@@ -241,7 +241,7 @@ INLINE void multiply_panel(int rows, int width, const packed *left, int64_t left
 {
     switch (width) {
     case 1: return multiply_rows<1>(rows, left, left_stride, panel, steps, out, out_stride, keep);
-#if defined(__AVX2__)
+#if NATIVE_AVX2
     case 2: return multiply_rows<2>(rows, left, left_stride, panel, steps, out, out_stride, keep);
 #endif
 #if NATIVE_AVX512

@@ -1,4 +1,5 @@
 #include "kernels_begin.h"
+#define NATIVE_AVX2 0
 #define NATIVE_AVX512 0
 #define NATIVE_BFLOAT16 0
 #define NATIVE_NAMESPACE baseline
