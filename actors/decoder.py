@@ -49,6 +49,7 @@ class Decoder:
         self._final_norm = weights.final_norm
         self._dtype = weights.layers[0].qkv.dtype
         device = weights.layers[0].qkv.device
+        self.argmax = kernels.argmax
         self._rotaries = [Rotary(rope, max_model_len, device) for rope in spec.ropes]
         self._layers: list[_Layer] = []
         for index in layout.layers(spec):
@@ -80,7 +81,13 @@ class Decoder:
             (program.buffer(rope.rotary_dim // 2, torch.float32), program.buffer(rope.rotary_dim // 2, torch.float32))
             for rope in self._spec.ropes
         ]
+        positions = torch.zeros(max_tokens, dtype=torch.int64)
         with program.recording():
+            if self._layout.first_stage and self._layout.tp_size == 1:
+                self._embed(positions, out=hidden)
+            for rotary, rotation in zip(self._rotaries, rotations, strict=True):
+                if not rotary.depends_on_positions:
+                    rotary.cos_sin(positions, self._kernels, rotation)
             self._run_layers(hidden, rotations, program.plan(), kv_cache)
         self._recorded = _RecordedLayers(program, kv_cache, hidden, rotations)
 
@@ -97,20 +104,31 @@ class Decoder:
         Returns:
             [T, hidden] for the next stage or for `logits`; valid until the next call.
         """
+        kernels, recorded = self._kernels, self._recorded
+        plan = kernels.plan(metadata, kv_cache.block_size, tokens)
+        if recorded is not None and recorded.kv_cache is kv_cache:
+            return self._replay(recorded, tokens, hidden, plan)
         if tokens is not None:
             hidden = self._embed(tokens)
         assert hidden is not None, "a later stage needs the hidden states of the one before"
-        plan = self._kernels.plan(metadata, kv_cache.block_size)
-        recorded = self._recorded
-        if recorded is not None and recorded.kv_cache is kv_cache:
-            rows = len(hidden)
-            for rotary, (cos, sin) in zip(self._rotaries, recorded.rotations, strict=True):
-                rotary.cos_sin(metadata.positions, out=(cos[:rows], sin[:rows]))
-            recorded.hidden[:rows] = hidden
-            recorded.program.run(plan)
-            return recorded.hidden[:rows]
-        self._run_layers(hidden, [rotary.cos_sin(metadata.positions) for rotary in self._rotaries], plan, kv_cache)
+        rotations = [rotary.cos_sin(metadata.positions, kernels) for rotary in self._rotaries]
+        self._run_layers(hidden, rotations, plan, kv_cache)
         return hidden
+
+    def _replay(self, recorded: _RecordedLayers, tokens: Tensor | None, hidden: Tensor | None, plan: Plan) -> Tensor:
+        """The same with the recorded program, after what could not be recorded."""
+        positions = plan.metadata.positions
+        rows = len(positions)
+        result = recorded.hidden[:rows]
+        if tokens is not None and self._layout.tp_size > 1:
+            hidden = self._embed(tokens)
+        if hidden is not None:
+            result.copy_(hidden)
+        for rotary, (cos, sin) in zip(self._rotaries, recorded.rotations, strict=True):
+            if rotary.depends_on_positions:
+                rotary.cos_sin(positions, self._kernels, (cos[:rows], sin[:rows]))
+        recorded.program.run(plan)
+        return result
 
     def _run_layers(self, hidden: Tensor, rotations: list[Rotation], plan: Plan, kv_cache: KVCache) -> None:
         """Add all layers' contributions to `hidden` in place."""
@@ -119,33 +137,39 @@ class Decoder:
             layer.forward(hidden, rotations[layer.rope], plan, *kv_cache.layer(index))
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[S, hidden] from the last stage's `forward` → [S, vocab] float32, the same on every tensor-parallel rank.
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The logits of the given rows, or all.
 
         The final norm is applied here, so that only rows that sample pay for it.
+
+        Args:
+            hidden: [T, hidden] from the last stage's `forward`.
+            rows: [S] int64.
+
+        Returns:
+            [S, vocab] float32, the same on every tensor-parallel rank.
         """
         assert self._head is not None, "only the last stage has an output projection"
         assert self._final_norm is not None
         spec = self._spec
-        hidden = self._kernels.rms_norm(hidden, self._final_norm, spec.norm_eps)
-        logits = self._collectives.all_gather_last_dim(self._head.float32(hidden))[:, : spec.vocab_size]
+        normalised = self._kernels.rms_norm(hidden, self._final_norm, spec.norm_eps, rows=rows)
+        logits = self._collectives.all_gather_last_dim(self._head.float32(normalised))[:, : spec.vocab_size]
         if spec.logits_scale != 1.0:
             logits = logits * spec.logits_scale
         if spec.logits_softcap is not None:
             logits = (logits / spec.logits_softcap).tanh_().mul_(spec.logits_softcap)
         return logits
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """Every shard looks up the tokens whose rows it holds; the sum has each row once."""
+    def _embed(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T] int64 → [T, hidden]."""
         assert self._embedding is not None
         if self._layout.tp_size == 1:
-            hidden = self._embedding.rows(tokens)
-        else:
-            local = tokens - self._vocabulary.start
-            elsewhere = (local < 0) | (local >= len(self._vocabulary))
-            hidden = self._embedding.rows(local.masked_fill_(elsewhere, 0))
-            hidden = self._collectives.all_reduce(hidden.masked_fill_(elsewhere[:, None], 0))
-        return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
+            return self._kernels.embed(self._embedding, tokens, self._embedding_scale, out)
+        # Every shard looks up the tokens whose rows it holds; the sum has each row once.
+        local = tokens - self._vocabulary.start
+        elsewhere = (local < 0) | (local >= len(self._vocabulary))
+        hidden = self._kernels.embed(self._embedding, local.masked_fill_(elsewhere, 0), self._embedding_scale)
+        return self._collectives.all_reduce(hidden.masked_fill_(elsewhere[:, None], 0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

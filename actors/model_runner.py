@@ -101,9 +101,9 @@ class ModelRunner:
         """One token for every row that samples; every tensor-parallel rank draws the same from the same logits."""
         if not rows.slots.size:
             return SampledTokens([], None)
-        logits = self._decoder.logits(hidden[rows.last_tokens])
+        logits = self._decoder.logits(hidden, rows.last_tokens)
         batch = self._table.sampling.batch(rows.slots, rows.lengths, self._table.tokens)
-        sampled = sample(logits, batch)
+        sampled = sample(logits, batch, self._decoder.argmax)
         self._table.record(rows.slots, rows.lengths, sampled.tokens)
         return sampled
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cluster.rope_spec import RopeSpec
+from ..kernels.interface import Kernels, Rotation
 
 
 class Rotary:
@@ -26,24 +27,17 @@ class Rotary:
         self._spec = spec
         self._inv_freq = inverse_frequencies(spec, max_model_len).to(device)
 
-    def cos_sin(self, positions: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines as `kernels/rotary.py` takes them.
+    @property
+    def depends_on_positions(self) -> bool:
+        """Whether every position has frequencies of its own."""
+        return self._spec.rope_type == "dynamic"
 
-        Args:
-            positions: [T] int64.
-            out: where to write them, two of [T, rotary_dim / 2] float32; None: new tensors.
-        """
-        inv_freq, factor = self._inv_freq, self._spec.attention_factor
-        if self._spec.rope_type == "dynamic":
+    def cos_sin(self, positions: Tensor, kernels: Kernels, out: Rotation | None = None) -> Rotation:
+        """Cosines and sines of positions [T] int64, as `Kernels.rotation` says."""
+        inv_freq = self._inv_freq
+        if self.depends_on_positions:
             inv_freq = dynamic_frequencies(self._spec, positions + 1)
-        angles = positions.float()[:, None] * inv_freq
-        cos, sin = out or (torch.empty_like(angles), torch.empty_like(angles))
-        torch.cos(angles, out=cos)
-        torch.sin(angles, out=sin)
-        if factor != 1.0:
-            cos.mul_(factor)
-            sin.mul_(factor)
-        return cos, sin
+        return kernels.rotation(positions, inv_freq, self._spec.attention_factor, out)
 
 
 def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> Tensor:

@@ -22,9 +22,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     num_bytes = count * dtype.itemsize
     if num_bytes < HUGE_PAGE:
         return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    # Private: Python's default is shared memory, which has settings of its own and usually no huge pages.
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -whole.data_ptr() % HUGE_PAGE
     return whole[begin : begin + num_bytes].view(dtype).view(shape)

@@ -56,13 +56,38 @@ class Kernels(Protocol):
             activation: "silu", "gelu" (exact) or "gelu_tanh" (tanh approximation).
         """
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False) -> Tensor:
+    def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        """Rows of an embedding times `scale`.
+
+        Args:
+            embedding: from `tied_linear`, or a `PlainLinear`.
+            tokens: [T] int64. A recorded call reads those of the step's plan instead.
+            out: [T, hidden]; None: a new tensor.
+        """
+
+    def rotation(
+        self, positions: Tensor, inverse_frequencies: Tensor, factor: float, out: Rotation | None = None
+    ) -> Rotation:
+        """Cosines and sines of position * inverse frequency, times `factor`.
+
+        Args:
+            positions: [T] int64. A recorded call reads those of the step's plan instead.
+            inverse_frequencies: [rotary_dim / 2] float32, or one row of them per position.
+        """
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
         """x / sqrt(mean(x²) + eps) * weight over the last dimension of x [T, width], in float32 and rounded once.
 
         Args:
             weight: [width] float32, with the family's offset already added.
             in_place: write to x, whose rows may be parts of longer ones; else return a new tensor.
+            rows: [S] int64: only these rows of x, in this order.
         """
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """[S, vocab] float32 → [S] int64: the index of the largest, of equals the first, the first NaN before all."""
 
     def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """hidden [T, width] += alpha * x, in place."""
@@ -93,8 +118,12 @@ class Kernels(Protocol):
             The queries, [T, heads, head_dim], a view of qkv.
         """
 
-    def plan(self, metadata: AttentionMetadata, block_size: int) -> Plan:
-        """Once per step, before the first layer."""
+    def plan(self, metadata: AttentionMetadata, block_size: int, tokens: Tensor | None = None) -> Plan:
+        """Once per step, before the first layer.
+
+        Args:
+            tokens: [T] int64, where an embedding is recorded.
+        """
 
     def attention(
         self,

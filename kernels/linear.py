@@ -12,11 +12,11 @@ class PlainLinear:
     """A weight in the checkpoint's order, [out, in]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight = weight
+        self.weight = weight
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(x, self.weight, self._bias)
 
     def float32(self, x: Tensor) -> Tensor:
         """See `interface.Linear`; rounded to x's dtype on the way."""
@@ -28,7 +28,7 @@ class PlainLinear:
 
     def rows(self, indices: Tensor) -> Tensor:
         """See `interface.Linear`."""
-        return functional.embedding(indices, self._weight)
+        return functional.embedding(indices, self.weight)
 
 
 class PackedLinear(PlainLinear):
@@ -43,7 +43,7 @@ class PackedLinear(PlainLinear):
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self._bias, "none", [], "")
 
     def rows(self, indices: Tensor) -> Tensor:
         """Not offered: the blocked order is oneDNN's own."""

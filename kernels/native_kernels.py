@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from .attention_metadata import AttentionMetadata
-from .interface import Plan, Rotation
+from .interface import Linear, Plan, Rotation
+from .linear import PlainLinear
 from .native_library import (
     ACTIVATIONS,
     Add,
+    ArgMax,
     AttentionOperation,
+    Embed,
     Epilogue,
     Kind,
     LinearOperation,
@@ -20,10 +23,12 @@ from .native_library import (
     OperationList,
     RmsNorm,
     RotateStore,
+    RotationOperation,
     Step,
 )
 from .packed_weight import interleave_gate, pack, unpack_rows
 from .program import NativePlan, NativeProgram
+from .torch_kernels import TorchKernels
 
 
 class NativeKernels:
@@ -31,6 +36,7 @@ class NativeKernels:
 
     def __init__(self) -> None:
         self._program: NativeProgram | None = None
+        self._torch = TorchKernels(torch.device("cpu"), torch.float32)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         """See `interface.Kernels`."""
@@ -44,9 +50,64 @@ class NativeKernels:
         """See `interface.Kernels`."""
         return NativeGatedLinear(self, weight, bias, activation)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False) -> Tensor:
+    def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
-        out = x if in_place else self.temporary(x, x.shape[-1], x.dtype)
+        assert isinstance(embedding, NativeLinear | PlainLinear)
+        weight = embedding.weight
+        if isinstance(embedding, NativeLinear):
+            vocabulary, width = embedding.shape
+        else:
+            vocabulary, width = weight.shape
+            assert weight.is_contiguous()
+        if out is None:
+            out = self.temporary(tokens, width, weight.dtype)
+        operation = Embed(
+            Kind.EMBED,
+            is_bfloat16(weight),
+            width,
+            isinstance(embedding, NativeLinear),
+            vocabulary,
+            scale,
+            weight.data_ptr(),
+            out.data_ptr(),
+            row_stride(out),
+        )
+        self._emit(operation, self._step(len(tokens), tokens=tokens.data_ptr()), weight, out)
+        return out
+
+    def rotation(
+        self, positions: Tensor, inverse_frequencies: Tensor, factor: float, out: Rotation | None = None
+    ) -> Rotation:
+        """See `interface.Kernels`."""
+        if inverse_frequencies.dim() > 1:
+            assert self._program is None, "frequencies that depend on the position cannot be recorded"
+            return self._torch.rotation(positions, inverse_frequencies, factor, out)
+        width = len(inverse_frequencies)
+        if out is None:
+            out = (
+                self.temporary(positions, width, torch.float32),
+                self.temporary(positions, width, torch.float32),
+            )
+        cos, sin = out
+        assert cos.is_contiguous()
+        assert sin.is_contiguous()
+        operation = RotationOperation(
+            Kind.ROTATION, width, factor, inverse_frequencies.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        )
+        step = self._step(len(positions), positions=positions.data_ptr())
+        self._emit(operation, step, inverse_frequencies, cos, sin)
+        return cos, sin
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
+        """See `interface.Kernels`."""
+        assert rows is None or self._program is None, "which rows is not recorded"
+        count = len(x if rows is None else rows)
+        if in_place:
+            out = x
+        else:
+            out = self.temporary(x if rows is None else rows, x.shape[-1], x.dtype)
         assert weight.dtype == torch.float32
         operation = RmsNorm(
             Kind.RMS_NORM,
@@ -56,10 +117,19 @@ class NativeKernels:
             x.data_ptr(),
             out.data_ptr(),
             weight.data_ptr(),
+            None if rows is None else rows.data_ptr(),
             row_stride(x),
             row_stride(out),
         )
-        self.emit(operation, len(x), x, out, weight)
+        self._emit(operation, self._step(count), x, out, weight)
+        return out
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `interface.Kernels`."""
+        assert logits.dtype == torch.float32
+        out = torch.empty(len(logits), dtype=torch.int64)
+        operation = ArgMax(Kind.ARGMAX, logits.shape[1], logits.data_ptr(), out.data_ptr(), row_stride(logits))
+        self._emit(operation, self._step(len(logits)), logits, out)
         return out
 
     def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
@@ -75,7 +145,7 @@ class NativeKernels:
             row_stride(x),
             row_stride(hidden),
         )
-        self.emit(operation, len(x), x, hidden)
+        self._emit(operation, self._step(len(x)), x, hidden)
 
     def rotate_and_store(
         self,
@@ -116,12 +186,13 @@ class NativeKernels:
             qkv.stride(0),
             num_blocks,
         )
-        self.emit(operation, plan, qkv, cos, sin, k_cache, v_cache, *(norms or ()))
+        assert isinstance(plan, NativePlan)
+        self._emit(operation, plan.step, qkv, cos, sin, k_cache, v_cache, *(norms or ()))
         return qkv[:, :heads]
 
-    def plan(self, metadata: AttentionMetadata, block_size: int) -> NativePlan:
+    def plan(self, metadata: AttentionMetadata, block_size: int, tokens: Tensor | None = None) -> NativePlan:
         """See `interface.Kernels`."""
-        return NativePlan(metadata)
+        return NativePlan(metadata, tokens)
 
     def attention(
         self,
@@ -158,7 +229,8 @@ class NativeKernels:
             out.stride(0),
             num_blocks,
         )
-        self.emit(operation, plan, query, k_cache, v_cache, out)
+        assert isinstance(plan, NativePlan)
+        self._emit(operation, plan.step, query, k_cache, v_cache, out)
         return out
 
     def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:
@@ -178,15 +250,18 @@ class NativeKernels:
         """See `interface.Kernels`."""
         return NativeProgram(max_rows, self._record_to)
 
-    def emit(self, operation: Operation, step: int | Plan, *tensors: Tensor | None) -> None:
-        """Run an operation now, for a number of rows or for a plan, or record it."""
+    def run_rows(self, operation: Operation, rows: int, *tensors: Tensor | None) -> None:
+        """Run an operation that needs no more of a step than its number of rows, now, or record it."""
+        self._emit(operation, self._step(rows), *tensors)
+
+    def _emit(self, operation: Operation, step: Step, *tensors: Tensor | None) -> None:
         if self._program is not None:
             self._program.append(operation, *tensors)
-        elif isinstance(step, int):
-            OperationList([operation]).run(Step(rows=step, threads=torch.get_num_threads()))
         else:
-            assert isinstance(step, NativePlan)
-            OperationList([operation]).run(step.step)
+            OperationList([operation]).run(step)
+
+    def _step(self, rows: int, **pointers: int) -> Step:
+        return Step(rows=rows, threads=torch.get_num_threads(), **pointers)
 
     def temporary(self, like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         """[rows of `like`, width] for a result."""
@@ -203,34 +278,32 @@ class NativeLinear:
 
     def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> None:
         self._kernels = kernels
-        self._out_features, self._in_features = weight.shape
-        self._weight = pack(weight)
+        self.shape = weight.shape
+        self.weight = pack(weight)
         self._bias = padded_bias(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self._kernels.temporary(x, self._out_features, x.dtype)
+        out = self._kernels.temporary(x, self.shape[0], x.dtype)
         self._run(x, out, Epilogue.STORE)
         return out
 
     def float32(self, x: Tensor) -> Tensor:
         """See `interface.Linear`."""
-        out = self._kernels.temporary(x, self._out_features, torch.float32)
+        out = self._kernels.temporary(x, self.shape[0], torch.float32)
         self._run(x, out, Epilogue.STORE)
         return out
 
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """See `interface.Linear`."""
-        assert hidden.shape == (len(x), self._out_features)
+        assert hidden.shape == (len(x), self.shape[0])
         self._run(x, hidden, Epilogue.ADD_TO, alpha)
 
     def rows(self, indices: Tensor) -> Tensor:
         """See `interface.Linear`."""
-        return unpack_rows(self._weight, indices, self._out_features, self._in_features)
+        return unpack_rows(self.weight, indices, self.shape[0], self.shape[1])
 
     def _run(self, x: Tensor, out: Tensor, epilogue: Epilogue, alpha: float = 1.0) -> None:
-        run_linear(
-            self._kernels, x, self._weight, self._bias, out, epilogue, in_features=self._in_features, alpha=alpha
-        )
+        run_linear(self._kernels, x, self.weight, self._bias, out, epilogue, in_features=self.shape[1], alpha=alpha)
 
 
 class NativeGatedLinear:
@@ -289,7 +362,7 @@ def run_linear(
         row_stride(x),
         row_stride(out),
     )
-    kernels.emit(operation, len(x), x, weight, bias, out)
+    kernels.run_rows(operation, len(x), x, weight, bias, out)
 
 
 def padded_bias(bias: Tensor | None) -> Tensor | None:

@@ -30,6 +30,9 @@ class Kind(enum.IntEnum):
     ATTENTION = 3
     GATED_ACTIVATION = 4
     ADD = 5
+    EMBED = 6
+    ROTATION = 7
+    ARGMAX = 8
 
 
 class Epilogue(enum.IntEnum):
@@ -57,6 +60,8 @@ class Step(ctypes.Structure):
         ("decode_rows", _INT32),
         ("table_width", _INT32),
         ("threads", _INT32),
+        ("tokens", _POINTER),
+        ("positions", _POINTER),
     ]
 
 
@@ -71,6 +76,7 @@ class RmsNorm(ctypes.Structure):
         ("x", _POINTER),
         ("out", _POINTER),
         ("weight", _POINTER),
+        ("gather", _POINTER),
         ("x_stride", _INT64),
         ("out_stride", _INT64),
     ]
@@ -174,7 +180,58 @@ class Add(ctypes.Structure):
     ]
 
 
-Operation = RmsNorm | LinearOperation | RotateStore | AttentionOperation | GatedActivation | Add
+class Embed(ctypes.Structure):
+    """`struct Embed`."""
+
+    _fields_ = [
+        ("kind", _INT32),
+        ("bfloat16", _INT32),
+        ("width", _INT32),
+        ("packed", _INT32),
+        ("vocabulary", _INT32),
+        ("scale", _FLOAT),
+        ("weight", _POINTER),
+        ("out", _POINTER),
+        ("out_stride", _INT64),
+    ]
+
+
+class RotationOperation(ctypes.Structure):
+    """`struct Rotation`."""
+
+    _fields_ = [
+        ("kind", _INT32),
+        ("width", _INT32),
+        ("factor", _FLOAT),
+        ("inverse_frequencies", _POINTER),
+        ("cos", _POINTER),
+        ("sin", _POINTER),
+    ]
+
+
+class ArgMax(ctypes.Structure):
+    """`struct ArgMax`."""
+
+    _fields_ = [
+        ("kind", _INT32),
+        ("width", _INT32),
+        ("x", _POINTER),
+        ("out", _POINTER),
+        ("x_stride", _INT64),
+    ]
+
+
+Operation = (
+    RmsNorm
+    | LinearOperation
+    | RotateStore
+    | AttentionOperation
+    | GatedActivation
+    | Add
+    | Embed
+    | RotationOperation
+    | ArgMax
+)
 
 
 class OperationList:

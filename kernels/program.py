@@ -29,7 +29,7 @@ from .native_library import Operation, OperationList, Step
 class NativePlan:
     """The step as the compiled kernels take it; what `metadata` holds must stay as it is until the step has run."""
 
-    def __init__(self, metadata: AttentionMetadata) -> None:
+    def __init__(self, metadata: AttentionMetadata, tokens: Tensor | None = None) -> None:
         self.metadata = metadata
         tables = metadata.block_tables
         assert tables.is_contiguous()
@@ -45,6 +45,8 @@ class NativePlan:
             metadata.decode_rows,
             tables.shape[1],
             torch.get_num_threads(),
+            None if tokens is None else tokens.data_ptr(),
+            metadata.positions.data_ptr(),
         )
 
 

@@ -21,6 +21,7 @@ that some valid token id is drawn. A greedy row with NaN gets the first NaN's id
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -67,15 +68,21 @@ class SampledTokens:
     """Per row that asked: log-probability of the token, then (id, log-probability) of the most likely ones."""
 
 
-def sample(logits: Tensor, batch: SamplingBatch | None) -> SampledTokens:
+def argmax(logits: Tensor) -> Tensor:
+    """[S, vocab] → [S] int64: the largest of every row; a kernel may take its place."""
+    return logits.argmax(dim=-1)
+
+
+def sample(logits: Tensor, batch: SamplingBatch | None, argmax: Callable[[Tensor], Tensor] = argmax) -> SampledTokens:
     """Choose one token per row.
 
     Args:
         logits: [S, vocab] float32; overwritten if the batch has adjustments.
         batch: parameters of the rows; None: all rows are greedy, report nothing and adjust nothing.
+        argmax: as `Kernels.argmax`.
     """
     if batch is None:
-        return SampledTokens(logits.argmax(dim=-1).tolist(), None)
+        return SampledTokens(argmax(logits).tolist(), None)
 
     asked = np.flatnonzero(batch.logprobs >= 0)
     # Of the model's distribution, so before anything changes the logits.
@@ -84,7 +91,7 @@ def sample(logits: Tensor, batch: SamplingBatch | None) -> SampledTokens:
         batch.adjustments.apply_(logits)
 
     temperature = np.nan_to_num(batch.temperature)
-    tokens = logits.argmax(dim=-1)
+    tokens = argmax(logits)
     unfiltered = (batch.top_k <= 0) & (batch.top_p >= 1.0)
     drawn = temperature >= MIN_TEMPERATURE
     for rows, draw in (

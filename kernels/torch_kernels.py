@@ -37,9 +37,28 @@ class TorchKernels:
         linear = self._linear(weight, bias)
         return lambda x: gated_activation(linear(x), activation)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False) -> Tensor:
+    def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
-        normalised = rms_norm(x, weight, eps)
+        hidden = embedding.rows(tokens)
+        if scale != 1.0:
+            hidden.mul_(scale)
+        return hidden if out is None else out.copy_(hidden)
+
+    def rotation(
+        self, positions: Tensor, inverse_frequencies: Tensor, factor: float, out: Rotation | None = None
+    ) -> Rotation:
+        """See `interface.Kernels`."""
+        angles = positions.float()[:, None] * inverse_frequencies
+        cos, sin = out or (torch.empty_like(angles), torch.empty_like(angles))
+        torch.cos(angles, out=cos).mul_(factor)
+        torch.sin(angles, out=sin).mul_(factor)
+        return cos, sin
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
+        """See `interface.Kernels`."""
+        normalised = rms_norm(x if rows is None else x[rows], weight, eps)
         return x.copy_(normalised) if in_place else normalised
 
     def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
@@ -68,7 +87,11 @@ class TorchKernels:
         store_kv(keys, values, k_cache, v_cache, plan.metadata.slot_mapping)
         return query
 
-    def plan(self, metadata: AttentionMetadata, block_size: int) -> AttentionPlan:
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `interface.Kernels`."""
+        return logits.argmax(-1)
+
+    def plan(self, metadata: AttentionMetadata, block_size: int, tokens: Tensor | None = None) -> AttentionPlan:
         """See `interface.Kernels`."""
         return self._attention.plan(metadata, block_size)
 

@@ -192,7 +192,7 @@ template <typename element> struct Space {
         rows.largest = (float *)take((most + LANES) * sizeof(float));
         rows.previous = (float *)take((most + LANES) * sizeof(float));
         rows.keep = (float *)take((most + LANES) * sizeof(float));
-        rows.totals = (lanes *)take(most * sizeof(lanes));
+        rows.totals = (register_lanes *)take(most * sizeof(register_lanes));
         sums = (float *)take(most * width * sizeof(float));
         query = (packed *)take(most * query_stride * sizeof(packed));
         zeros = (element *)take(dim * sizeof(element));
@@ -221,7 +221,7 @@ template <typename element> INLINE void begin_item(const Attention &op, const St
     }
     for (int row = 0; row < rows; row++) {
         space.rows.largest[row] = LOWEST;
-        space.rows.totals[row] = lanes{};
+        space.rows.totals[row] = register_lanes{};
     }
     memset(space.sums, 0, sizeof(float) * rows * space.width);
 }
@@ -307,9 +307,9 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
         raise_largest(space.rows, row, begin, end, scaling);
     });
-    for (int row = first; row < first + count; row += LANES) {
-        const lanes raised = load_lanes(space.rows.previous + row) - load_lanes(space.rows.largest + row);
-        store_lanes(space.rows.keep + row, exp2_lanes(raised));
+    for (int row = first; row < first + count; row += WIDE) {
+        const register_lanes raised = load_register(space.rows.previous + row) - load_register(space.rows.largest + row);
+        store_register(space.rows.keep + row, exp2_register(raised));
     }
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
         weigh<packed>(space.rows, row, begin, end, blocks * LANES, scaling);
@@ -366,7 +366,7 @@ template <typename element> class Pieces {
             float *kept = first + ((int64_t)item.piece * rows + row) * stride();
             memcpy(kept, space.sums + (int64_t)row * width_, sizeof(float) * width_);
             kept[width_] = space.rows.largest[row];
-            kept[width_ + 1] = sum_of_lanes(space.rows.totals[row]);
+            kept[width_ + 1] = sum_of(space.rows.totals[row]);
         }
         std::atomic<int> *done = (std::atomic<int> *)memory + item.part;
         if (done->fetch_add(1, std::memory_order_acq_rel) == item.cut.pieces - 1)
@@ -386,8 +386,8 @@ template <typename element> class Pieces {
         }
         for (int piece = 0; piece < item.cut.pieces; piece++) {
             float *sums = kept + piece * distance;
-            const lanes share = exp2_lanes(broadcast(sums[width_] - largest));
-            total += share[0] * sums[width_ + 1];
+            const float share = exp2_register(register_lanes{} + (sums[width_] - largest))[0];
+            total += share * sums[width_ + 1];
             for (int d = 0; d < width_; d += LANES) {
                 const lanes added = load_lanes(sums + d) * share;
                 store_lanes(kept + d, piece ? load_lanes(kept + d) + added : added);
@@ -439,7 +439,7 @@ template <typename element> INLINE void run_attention(const Attention &op, const
         else
             for (int row = 0; row < item.queries * (op.heads / op.kv_heads); row++)
                 finish_output(op, output<element>(op, step, item, row), space.sums + (int64_t)row * space.width,
-                              sum_of_lanes(space.rows.totals[row]));
+                              sum_of(space.rows.totals[row]));
         item = following;
     }
 }

@@ -3,62 +3,74 @@
 
 constexpr float LOWEST = -3.0e38f; // finite, so that the difference of two is never NaN
 
-// As select: the compiler's own choice is best where there are mask registers, and goes lane by lane elsewhere.
-INLINE lanes choose(signed_bits mask, lanes a, lanes b)
+// All here is spelt in vectors of a register's own size: GCC compares longer ones number by number.
+typedef int32_t register_bits __attribute__((vector_size(sizeof(register_lanes))));
+constexpr int WIDE = sizeof(register_lanes) / sizeof(float);
+
+INLINE register_lanes load_register(const float *values)
 {
-#if NATIVE_AVX512
-    return mask ? a : b;
-#else
-    return select(mask, a, b);
-#endif
+    register_lanes result;
+    memcpy(&result, values, sizeof result);
+    return result;
 }
+
+INLINE void store_register(float *target, register_lanes values) { memcpy(target, &values, sizeof values); }
 
 // 2^x for x <= 0, relative error below 1e-7, from x = -126 on downwards 2^-126: x = n + r with |r| <= 1/2; 2^r by Cephes'
 // polynomial, 2^n by adding n to the exponent. NaN stays NaN.
-INLINE lanes exp2_lanes(lanes x)
+INLINE register_lanes exp2_register(register_lanes x)
 {
-    x = choose(x < -126.0f, broadcast(-126.0f), x);
-    const lanes shifted = x + 12582912.0f; // 1.5 * 2^23: rounds to a whole number, which is left in the lowest bits
-    const lanes r = x - (shifted - 12582912.0f);
-    lanes p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    x = x < -126.0f ? register_lanes{} - 126.0f : x;
+    const register_lanes shifted = x + 12582912.0f; // 1.5 * 2^23: rounds to a whole number, which is left in the lowest bits
+    const register_lanes r = x - (shifted - 12582912.0f);
+    register_lanes p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
     p = p * r + 9.618437357674640e-3f;
     p = p * r + 5.550332471162809e-2f;
     p = p * r + 2.402264791363012e-1f;
     p = p * r + 6.931472028550421e-1f;
     p = p * r + 1.0f;
-    return (lanes)((signed_bits)p + ((signed_bits)shifted << 23));
+    return (register_lanes)((register_bits)p + ((register_bits)shifted << 23));
 }
 
 // Both ends have their own formula: near 0 the difference of two numbers near 1 would lose the digits.
-INLINE lanes tanh_lanes(lanes x)
+INLINE register_lanes tanh_register(register_lanes x)
 {
-    const lanes size = choose(x < 0.0f, -x, x), square = x * x;
-    const lanes e = exp2_lanes(size * -2.88539008f); // e^-2|x|
-    const lanes large = (1.0f - e) / (1.0f + e);
-    lanes small = square * (62.0f / 2835) - 17.0f / 315;
+    const register_lanes size = x < 0.0f ? -x : x, square = x * x;
+    const register_lanes e = exp2_register(size * -2.88539008f); // e^-2|x|
+    const register_lanes large = (1.0f - e) / (1.0f + e);
+    register_lanes small = square * (62.0f / 2835) - 17.0f / 315;
     small = small * square + 2.0f / 15;
     small = small * square - 1.0f / 3;
     small = x + x * square * small;
-    return choose(size < 0.25f, small, choose(x < 0.0f, -large, large));
+    return size < 0.25f ? small : x < 0.0f ? -large : large;
 }
 
-INLINE float largest_lane(lanes values)
+INLINE float largest_of(register_lanes values)
 {
-    half_lanes half[2];
-    memcpy(half, &values, sizeof half);
-    half[0] = half[0] > half[1] ? half[0] : half[1];
-    quarter_lanes quarter[2];
-    memcpy(quarter, half, sizeof quarter);
-    quarter[0] = quarter[0] > quarter[1] ? quarter[0] : quarter[1];
-    const float a = quarter[0][0] > quarter[0][1] ? quarter[0][0] : quarter[0][1];
-    const float b = quarter[0][2] > quarter[0][3] ? quarter[0][2] : quarter[0][3];
+    quarter_lanes quarters[WIDE / 4];
+    memcpy(quarters, &values, sizeof quarters);
+    for (int i = 1; i < WIDE / 4; i++)
+        quarters[0] = quarters[0] > quarters[i] ? quarters[0] : quarters[i];
+    const float a = quarters[0][0] > quarters[0][1] ? quarters[0][0] : quarters[0][1];
+    const float b = quarters[0][2] > quarters[0][3] ? quarters[0][2] : quarters[0][3];
     return a > b ? a : b;
 }
 
-// All ones where begin <= lane < end.
-INLINE signed_bits lanes_between(int begin, int end)
+INLINE float sum_of(register_lanes values)
 {
-    const signed_bits index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    quarter_lanes quarters[WIDE / 4];
+    memcpy(quarters, &values, sizeof quarters);
+    for (int i = 1; i < WIDE / 4; i++)
+        quarters[0] += quarters[i];
+    return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
+}
+
+// All ones where begin <= index < end.
+INLINE register_bits between(int begin, int end)
+{
+    register_bits index;
+    for (int i = 0; i < WIDE; i++)
+        index[i] = i;
     return (index >= begin) & (index < end);
 }
 
@@ -68,7 +80,7 @@ struct Rows {
     float *largest;  // [rows] of the scores so far, which are in units of log2
     float *previous; // [rows] `largest` before this tile
     float *keep;     // [rows] what the sums so far are multiplied by
-    lanes *totals;   // [rows] sums of weights, spread over the lanes
+    register_lanes *totals; // [rows] sums of weights, spread over a register
 };
 
 // How a score s becomes an exponent of 2: factor * s, or with a softcap factor * tanh(slope * s).
@@ -89,20 +101,20 @@ struct Scaling {
 INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const Scaling &scaling)
 {
     float *scores = rows.scores + row * TILE_TOKENS;
-    lanes largest = broadcast(rows.largest[row]);
-    for (int i = begin / LANES * LANES; i < end; i += LANES) {
-        lanes x = load_lanes(scores + i);
+    register_lanes largest = register_lanes{} + rows.largest[row];
+    for (int i = begin / WIDE * WIDE; i < end; i += WIDE) {
+        register_lanes x = load_register(scores + i);
         if (scaling.capped) {
-            x = tanh_lanes(x * scaling.slope);
-            store_lanes(scores + i, x);
+            x = tanh_register(x * scaling.slope);
+            store_register(scores + i, x);
         }
         x *= scaling.factor;
-        if (begin > i || end < i + LANES)
-            x = select(lanes_between(begin - i, end - i), x, broadcast(LOWEST));
-        largest = choose(x > largest, x, largest);
+        if (begin > i || end < i + WIDE)
+            x = between(begin - i, end - i) ? x : register_lanes{} + LOWEST;
+        largest = x > largest ? x : largest;
     }
     rows.previous[row] = rows.largest[row];
-    rows.largest[row] = largest_lane(largest);
+    rows.largest[row] = largest_of(largest);
 }
 
 // As store_lanes, but what is too small for a normal number may become 0.
@@ -125,16 +137,19 @@ INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, con
     float *scores = rows.scores + row * TILE_TOKENS;
     packed *weights = (packed *)scores;
     const float largest = rows.largest[row];
-    lanes total = rows.totals[row] * rows.keep[row];
-    for (int i = 0; i < tokens; i += LANES) {
-        lanes x = {};
-        if (i < end && i + LANES > begin) {
-            x = exp2_lanes(load_lanes(scores + i) * scaling.factor - largest);
-            if (begin > i || end < i + LANES)
-                x = select(lanes_between(begin - i, end - i), x, lanes{});
+    register_lanes total = rows.totals[row] * rows.keep[row];
+    for (int i = 0; i < tokens; i += WIDE) {
+        register_lanes x = {};
+        if (i < end && i + WIDE > begin) {
+            x = exp2_register(load_register(scores + i) * scaling.factor - largest);
+            if (begin > i || end < i + WIDE)
+                x = between(begin - i, end - i) ? x : register_lanes{};
             total += x;
         }
-        store_rounded(weights + i, x);
+        if constexpr (sizeof(packed) == 2)
+            store_rounded(weights + i, x);
+        else
+            store_register(weights + i, x);
     }
     rows.totals[row] = total;
 }

@@ -60,10 +60,10 @@ template <typename packed, typename element> INLINE signed_bits load_steps(const
         return (signed_bits)(count >= full ? load_lanes(values) : load_some(values, count));
 }
 
+#if NATIVE_AVX512
 // rows[i][j] becomes rows[j][i].
 INLINE void transpose(signed_bits (&rows)[LANES])
 {
-#if NATIVE_AVX512
     __m512i pairs[LANES], fours[LANES];
     for (int i = 0; i < LANES; i += 2) {
         pairs[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
@@ -85,28 +85,15 @@ INLINE void transpose(signed_bits (&rows)[LANES])
         rows[8 + j] = (signed_bits)_mm512_shuffle_i32x4(even_upper, even_lower, 0xdd);
         rows[12 + j] = (signed_bits)_mm512_shuffle_i32x4(odd_upper, odd_lower, 0xdd);
     }
-#else
-    float in[LANES][LANES], out[LANES][LANES];
-    memcpy(in, rows, sizeof in);
-    for (int i = 0; i < LANES; i += 4)
-        for (int j = 0; j < LANES; j += 4) {
-#if defined(__x86_64__)
-            __m128 a = _mm_loadu_ps(&in[i][j]), b = _mm_loadu_ps(&in[i + 1][j]);
-            __m128 c = _mm_loadu_ps(&in[i + 2][j]), d = _mm_loadu_ps(&in[i + 3][j]);
-            _MM_TRANSPOSE4_PS(a, b, c, d);
-            _mm_storeu_ps(&out[j][i], a);
-            _mm_storeu_ps(&out[j + 1][i], b);
-            _mm_storeu_ps(&out[j + 2][i], c);
-            _mm_storeu_ps(&out[j + 3][i], d);
-#else
-            for (int row = i; row < i + 4; row++)
-                for (int column = j; column < j + 4; column++)
-                    out[column][row] = in[row][column];
-#endif
-        }
-    memcpy(rows, out, sizeof out);
-#endif
 }
+#elif defined(__x86_64__)
+INLINE __m128 load_quarter(const float *values) { return _mm_loadu_ps(values); }
+
+INLINE __m128 load_quarter(const uint16_t *values)
+{
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)values)));
+}
+#endif
 
 // Where block `block` of step 0 lies in a packed tile of `steps` steps and `blocks` blocks, and how far apart its steps.
 INLINE signed_bits *packed_block(signed_bits *tile, int block, int blocks, int steps, int &width)
@@ -120,11 +107,13 @@ INLINE signed_bits *packed_block(signed_bits *tile, int block, int blocks, int s
 template <typename packed, typename element>
 INLINE void pack_keys(signed_bits *tile, const element *const *keys, int block, int blocks, int dim)
 {
-    constexpr int per_step = PER_STEP<packed>;
     const int steps = steps_of<packed>(dim);
     int width, step = 0;
-    signed_bits *target = packed_block(tile, block, blocks, steps, width), rows[LANES];
+    signed_bits *target = packed_block(tile, block, blocks, steps, width);
     keys += block * LANES;
+#if NATIVE_AVX512
+    constexpr int per_step = PER_STEP<packed>;
+    signed_bits rows[LANES];
     for (; (step + LANES) * per_step <= dim; step += LANES) {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)
@@ -141,6 +130,25 @@ INLINE void pack_keys(signed_bits *tile, const element *const *keys, int block, 
         for (int i = 0; i < steps - step; i++, target += width)
             *target = rows[i];
     }
+#else
+    float *place = (float *)target; // of token 0
+    const int64_t distance = (int64_t)width * LANES;
+#if defined(__x86_64__)
+    for (; step + 4 <= steps; step += 4, place += 4 * distance)
+        for (int i = 0; i < LANES; i += 4) {
+            __m128 a = load_quarter(keys[i] + step), b = load_quarter(keys[i + 1] + step);
+            __m128 c = load_quarter(keys[i + 2] + step), d = load_quarter(keys[i + 3] + step);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps(place + i, a);
+            _mm_storeu_ps(place + distance + i, b);
+            _mm_storeu_ps(place + 2 * distance + i, c);
+            _mm_storeu_ps(place + 3 * distance + i, d);
+        }
+#endif
+    for (; step < steps; step++, place += distance)
+        for (int i = 0; i < LANES; i++)
+            place[i] = load(keys[i] + step);
+#endif
 }
 
 // The values of one step: WIDTH blocks of dimensions, of which `dim` are left.
@@ -162,8 +170,16 @@ INLINE void pack_values(signed_bits *target, const element *const *values, int f
         }
 #endif
     } else
-        for (int block = 0; block < WIDTH; block++, from += LANES)
+        for (int block = 0; block < WIDTH; block++, from += LANES) {
+#if defined(__x86_64__) && !NATIVE_AVX512
+            if (dim - from >= LANES) {
+                for (int i = 0; i < LANES; i += 4)
+                    _mm_storeu_ps((float *)(target + block) + i, load_quarter(values[0] + from + i));
+                continue;
+            }
+#endif
             target[block] = load_steps<packed>(values[0] + from, dim - from);
+        }
 }
 
 // The values of steps [begin, end) of a packed tile of `steps` steps.

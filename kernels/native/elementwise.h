@@ -54,7 +54,7 @@ template <typename element> INLINE float inverse_rms(const element *x, int width
 template <typename element> INLINE void norm_rows(const RmsNorm &op, const Step &step, Worker &worker)
 {
     for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
-        const element *x = (const element *)op.x + row * op.x_stride;
+        const element *x = (const element *)op.x + (op.gather ? op.gather[row] : row) * op.x_stride;
         element *out = (element *)op.out + row * op.out_stride;
         const float scale = inverse_rms(x, op.width, op.eps);
         for_lanes(op.width, [&](int i, int count) __attribute__((always_inline)) {
@@ -182,4 +182,91 @@ static void add(const Operation &operation, const Step &step, Worker &worker)
         add_rows<uint16_t>(op, step, worker);
     else
         add_rows<float>(op, step, worker);
+}
+
+// Where input `i` of row `token` of a packed weight lies: linear.h draws the order.
+template <typename element> INLINE int64_t packed_index(const Embed &op, int64_t token, int i)
+{
+    constexpr int step = PER_STEP<element>;
+    const int64_t steps = (op.width + step - 1) / step, group = token / GROUP, inside = token % GROUP;
+    const int64_t left = (op.vocabulary + LANES - 1) / LANES - group * BLOCKS, blocks = left < BLOCKS ? left : BLOCKS;
+    return group * steps * GROUP * step + (i / step * blocks * LANES + inside) * step + i % step;
+}
+
+template <typename element> INLINE void embed_rows(const Embed &op, const Step &step, Worker &worker)
+{
+    for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
+        const int64_t token = step.tokens[row];
+        const element *weight = (const element *)op.weight;
+        element *out = (element *)op.out + row * op.out_stride;
+        if (op.packed)
+            for (int i = 0; i < op.width; i++)
+                out[i] = weight[packed_index<element>(op, token, i)];
+        else
+            memcpy(out, weight + token * op.width, op.width * sizeof(element));
+        if (op.scale != 1.0f)
+            for_lanes(op.width, [&](int i, int count) __attribute__((always_inline)) {
+                store_up_to(out + i, load_up_to(out + i, count) * op.scale, count);
+            });
+    });
+}
+
+static void embed(const Operation &operation, const Step &step, Worker &worker)
+{
+    const Embed &op = static_cast<const Embed &>(operation);
+    if (op.bfloat16)
+        embed_rows<uint16_t>(op, step, worker);
+    else
+        embed_rows<float>(op, step, worker);
+}
+
+static void rotation(const Operation &operation, const Step &step, Worker &worker)
+{
+    const Rotation &op = static_cast<const Rotation &>(operation);
+    for_rows(step, worker, [&](int64_t row) {
+        const float position = (float)step.positions[row];
+        for (int i = 0; i < op.width; i++) {
+            const float angle = position * op.inverse_frequencies[i];
+            op.cos[row * op.width + i] = cosf(angle) * op.factor;
+            op.sin[row * op.width + i] = sinf(angle) * op.factor;
+        }
+    });
+}
+
+// Lanes keep the largest value that each has seen and its place; a smaller place wins among equals.
+static void argmax(const Operation &operation, const Step &step, Worker &worker)
+{
+    const ArgMax &op = static_cast<const ArgMax &>(operation);
+    for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
+        const float *x = op.x + row * op.x_stride;
+        lanes largest = broadcast(-INFINITY);
+        signed_bits place = {}, here, any_nan = {};
+        for (int lane = 0; lane < LANES; lane++)
+            here[lane] = lane;
+        int i = 0;
+        for (; i + LANES <= op.width; i += LANES, here += LANES) {
+            const lanes values = load_lanes(x + i);
+            const signed_bits better = values > largest;
+            largest = select(better, values, largest);
+            place = (here & better) | (place & ~better);
+            any_nan |= values != values;
+        }
+        float best = -INFINITY;
+        int found = -1;
+        bool nan = false;
+        for (int lane = 0; lane < LANES && lane < i; lane++) {
+            nan |= any_nan[lane] != 0;
+            if (largest[lane] > best || (largest[lane] == best && (found < 0 || place[lane] < found)))
+                best = largest[lane], found = place[lane];
+        }
+        for (; i < op.width; i++) {
+            nan |= x[i] != x[i];
+            if (x[i] > best || found < 0)
+                best = x[i], found = i;
+        }
+        if (nan)
+            for (found = 0; x[found] == x[found]; found++)
+                ;
+        op.out[row] = found;
+    });
 }

@@ -18,4 +18,7 @@ const KernelTable NATIVE_TABLE = {NATIVE_NAME(NATIVE_NAMESPACE),
                                       NATIVE_NAMESPACE::attention,
                                       NATIVE_NAMESPACE::gated_activation,
                                       NATIVE_NAMESPACE::add,
+                                      NATIVE_NAMESPACE::embed,
+                                      NATIVE_NAMESPACE::rotation,
+                                      NATIVE_NAMESPACE::argmax,
                                   }};

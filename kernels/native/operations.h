@@ -14,6 +14,9 @@ enum Kind : int32_t {
     ATTENTION,
     GATED_ACTIVATION,
     ADD,
+    EMBED,
+    ROTATION,
+    ARGMAX,
     NUM_KINDS,
 };
 
@@ -36,13 +39,15 @@ struct Step {
     int32_t decode_rows;          // the first sequences, which have one query token each
     int32_t table_width;
     int32_t threads;
+    const int64_t *tokens;        // [rows], for Embed
+    const int64_t *positions;     // [rows], for Rotation
 };
 
 struct Operation {
     int32_t kind;
 };
 
-// out = x / sqrt(mean(x²) + eps) * weight; in place if out == x.
+// out = x / sqrt(mean(x²) + eps) * weight; in place if out == x. With `gather` row i of x is gather[i].
 struct RmsNorm : Operation {
     int32_t bfloat16;
     int32_t width;
@@ -50,6 +55,7 @@ struct RmsNorm : Operation {
     const void *x;
     void *out;
     const float *weight; // [width]
+    const int64_t *gather; // [rows] or null
     int64_t x_stride, out_stride;
 };
 
@@ -114,4 +120,32 @@ struct Add : Operation {
     const void *x;
     void *out;
     int64_t x_stride, out_stride;
+};
+
+// out = weight[token] * scale.
+struct Embed : Operation {
+    int32_t bfloat16;
+    int32_t width;
+    int32_t packed;       // the weight is packed as for Linear; else its rows lie in order
+    int32_t vocabulary;   // rows of the weight
+    float scale;
+    const void *weight;
+    void *out;
+    int64_t out_stride;
+};
+
+// cos and sin of position * inverse frequency, times factor.
+struct Rotation : Operation {
+    int32_t width; // rotary_dim / 2
+    float factor;
+    const float *inverse_frequencies; // [width]
+    float *cos, *sin;                 // [rows, width]
+};
+
+// out = the index of the largest; of equals the first; the first NaN before all.
+struct ArgMax : Operation {
+    int32_t width;
+    const float *x;
+    int64_t *out; // [rows]
+    int64_t x_stride;
 };

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from raytroupe.actors.rope import Rotary, dynamic_frequencies, inverse_frequencies
 from raytroupe.cluster.rope_spec import parse_rope
+from raytroupe.kernels.backend import load_kernels
 
 HEAD_DIM = 64
 CASES = [
@@ -26,6 +27,8 @@ CASES = [
     {"rope_type": "yarn", "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0},
     {"rope_type": "dynamic", "factor": 2.0},
 ]
+
+KERNELS = load_kernels(torch.device("cpu"), torch.float32)
 
 
 def reference(config, **options):
@@ -92,18 +95,18 @@ def test_a_rotation_depends_on_the_position_only(case):
     spec = parse_rope({"rope_theta": 10000.0, **case}, head_dim=HEAD_DIM, max_position=512)
     rotary = Rotary(spec, 2048, torch.device("cpu"))
     positions = torch.tensor([0, 700, 3, 511, 512, 1999])
-    cos, sin = rotary.cos_sin(positions)
+    cos, sin = rotary.cos_sin(positions, KERNELS)
     assert cos.shape == sin.shape == (6, HEAD_DIM // 2)
     assert cos.dtype == sin.dtype == torch.float32
     for index in range(6):
-        alone_cos, alone_sin = rotary.cos_sin(positions[index : index + 1])
+        alone_cos, alone_sin = rotary.cos_sin(positions[index : index + 1], KERNELS)
         assert torch.equal(alone_cos[0], cos[index])
         assert torch.equal(alone_sin[0], sin[index])
 
 
 def test_cosines_and_sines():
     spec = parse_rope({"rope_type": "default", "rope_theta": 100.0}, head_dim=4, max_position=512)
-    cos, sin = Rotary(spec, 512, torch.device("cpu")).cos_sin(torch.tensor([5]))
+    cos, sin = Rotary(spec, 512, torch.device("cpu")).cos_sin(torch.tensor([5]), KERNELS)
     a, b = 5.0, 5.0 / 10.0
     torch.testing.assert_close(cos, torch.tensor([[math.cos(a), math.cos(b)]]))
     torch.testing.assert_close(sin, torch.tensor([[math.sin(a), math.sin(b)]]))
@@ -114,10 +117,10 @@ def test_they_are_written_where_they_are_wanted_with_the_attention_factor():
     spec = parse_rope(parameters, head_dim=4, max_position=512)
     rotary, positions = Rotary(spec, 512, torch.device("cpu")), torch.tensor([0, 9, 400])
     buffers = torch.full((5, 2), 7.0), torch.full((5, 2), 7.0)
-    cos, sin = rotary.cos_sin(positions, out=(buffers[0][:3], buffers[1][:3]))
+    cos, sin = rotary.cos_sin(positions, KERNELS, out=(buffers[0][:3], buffers[1][:3]))
     assert cos.data_ptr() == buffers[0].data_ptr()
     assert sin.data_ptr() == buffers[1].data_ptr()
-    for given, fresh, buffer in zip((cos, sin), rotary.cos_sin(positions), buffers, strict=True):
+    for given, fresh, buffer in zip((cos, sin), rotary.cos_sin(positions, KERNELS), buffers, strict=True):
         assert torch.equal(given, fresh)
         assert (buffer[3:] == 7.0).all()
     torch.testing.assert_close(cos.square() + sin.square(), torch.full((3, 2), 0.25))
