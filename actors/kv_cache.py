@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-
 import torch
 from torch import Tensor
 
 from ..cluster.model_spec import ModelSpec
 from ..cluster.topology import ShardLayout
+from ..kernels import huge_pages
 
 
 class KVCache:
     """Keys and values of this shard's layers and heads, laid out as `kernels/paged_attention.py` describes.
 
     A block id means the same in every layer and on every shard of a replica. Memory starts as zeros, so that blocks
-    that were never written are harmless to read.
+    that were never written are harmless to read. A CPU's is provided when it is first touched: half of a machine's
+    memory takes longer to fill than a model to load, and most of it is not needed soon.
     """
 
     def __init__(
@@ -32,22 +31,10 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         cache = (
-            _zeros_on_demand(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+            huge_pages.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         )
         self._layers = [(keys, values) for keys, values in cache]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of this stage's `index`-th layer, each [kv_heads, num_blocks, block_size, head_dim]."""
         return self._layers[index]
-
-
-def _zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros in main memory that the kernel provides when they are first touched.
-
-    Half of a machine's memory takes longer to fill than a model to load, and most of it is not needed soon. Large
-    pages make the first touch rare, and attention, which reads blocks from all over, misses the TLB less often.
-    """
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention_metadata import AttentionMetadata
+from .huge_pages import Arena
 from .interface import Linear, Plan, Rotation
 from .linear import PlainLinear
 from .native_library import (
@@ -36,6 +37,8 @@ class NativeKernels:
 
     def __init__(self) -> None:
         self._program: NativeProgram | None = None
+        self.arena = Arena()
+        """The memory of the packed weights."""
         self._torch = TorchKernels(torch.device("cpu"), torch.float32)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
@@ -279,7 +282,7 @@ class NativeLinear:
     def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> None:
         self._kernels = kernels
         self.shape = weight.shape
-        self.weight = pack(weight)
+        self.weight = pack(weight, kernels.arena)
         self._bias = padded_bias(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -313,7 +316,7 @@ class NativeGatedLinear:
         self._kernels = kernels
         self._activation = ACTIVATIONS[activation]
         self._width, self._in_features = len(weight) // 2, weight.shape[1]
-        self._weight = pack(interleave_gate(weight))
+        self._weight = pack(interleave_gate(weight), kernels.arena)
         self._bias = None if bias is None else padded_bias(interleave_gate(bias))
 
     def __call__(self, x: Tensor) -> Tensor:

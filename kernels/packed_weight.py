@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import huge_pages
+from .huge_pages import Arena
 
 LANES = 16
 BLOCKS = 4
 GROUP = BLOCKS * LANES
 
 
-def pack(weight: Tensor) -> Tensor:
-    """[out, in] bfloat16 or float32 → the same numbers as one flat stream, padded with zeros to whole blocks."""
+def pack(weight: Tensor, arena: Arena | None = None) -> Tensor:
+    """[out, in] bfloat16 or float32 → the same numbers as one flat stream, padded with zeros to whole blocks.
+
+    Args:
+        arena: where its memory comes from.
+    """
     weight = _padded(weight)
     rows, inputs = weight.shape
     pair = inputs_per_step(weight.dtype)
-    packed = huge_pages.zeros((weight.numel(),), weight.dtype)
+    packed = (arena or Arena()).zeros(weight.numel(), weight.dtype)
     whole = rows // GROUP * GROUP
     for begin, end in ((0, whole), (whole, rows)):
         if begin == end:

@@ -71,6 +71,11 @@ template <typename element> INLINE lanes load_lanes(const element *values)
 template <typename element> INLINE void store_lanes(element *target, lanes values)
 {
     if constexpr (sizeof(element) == 2) {
+#if NATIVE_BFLOAT16
+        const __m256bh rounded_at_once = _mm512_cvtneps_pbh((__m512)values);
+        memcpy(target, &rounded_at_once, sizeof rounded_at_once);
+        return;
+#endif
         const wide_bits bits = (wide_bits)values;
         wide_bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         const wide_bits nan = (wide_bits)(values != values);
