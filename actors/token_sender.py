@@ -21,6 +21,8 @@ from ..cluster.secure_socket import SecureContext
 
 MESSAGE_SECONDS = 0.02
 """Between messages of a replica to the same ingress: 50 a second look like a steady stream to a reader."""
+FEW_OUTPUTS = 8
+"""So few do not wait: with little to send, nobody needs the time that a message saves."""
 KEEP_SECONDS = 60.0
 """An ingress without requests keeps its connection so long, which saves the next request the CURVE handshake."""
 CONNECT_SECONDS = 10.0
@@ -72,13 +74,17 @@ class TokenSender:
         clock: seconds of a monotonic clock.
         interval_s: an ingress gets a message no more often than that; the first and the last tokens of a request do
             not wait. 0: every step sends, also outside of an event loop.
+        few_outputs: fewer than this do not wait either.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, interval_s: float = 0.0) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, interval_s: float = 0.0, few_outputs: int = 0
+    ) -> None:
         self._context = SecureContext()
         self._encoder = msgspec.msgpack.Encoder()
         self._clock = clock
         self._interval_s = interval_s
+        self._few_outputs = few_outputs
         self._outlets: dict[Endpoint, _Outlet] = {}
         self._by_request: dict[str, _Outlet] = {}
 
@@ -113,7 +119,8 @@ class TokenSender:
         for outlet in self._outlets.values():
             if not outlet.batch:
                 continue
-            if not self._interval_s or outlet.urgent or now >= outlet.next_message:
+            few = len(outlet.batch) < self._few_outputs
+            if not self._interval_s or few or outlet.urgent or now >= outlet.next_message:
                 self._send(outlet)
             elif outlet.timer is None:
                 loop = asyncio.get_running_loop()

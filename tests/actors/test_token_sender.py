@@ -218,6 +218,20 @@ async def test_steps_within_the_interval_share_a_message(context: SecureContext,
     assert await receive_soon(socket) == waiting
 
 
+async def test_few_outputs_do_not_wait(context: SecureContext, clock: Clock) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    sender = TokenSender(clock, interval_s=60.0, few_outputs=3)
+    for name in "abc":
+        sender.register(name, endpoint)
+    two = [TokenOutput(name, [1], index=1) for name in "ab"]
+    sender.publish(two)
+    assert receive(socket) == two
+    three = [TokenOutput(name, [2], index=2) for name in "abc"]
+    sender.publish(three)
+    assert not socket.poll(50)
+    sender.close()
+
+
 async def test_after_the_interval_a_step_sends_at_once(
     context: SecureContext, paced: TokenSender, clock: Clock
 ) -> None:
