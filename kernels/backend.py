@@ -18,5 +18,7 @@ CHOICE = "TROUPE_KERNELS"
 def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels for a device and dtype. Not shared between decoders: they have a workspace."""
     if native_library.supports(device, dtype) and os.environ.get(CHOICE) != "torch":
-        return NativeKernels()
+        # With narrower vectors the library's product is the faster one (docs/decisions.md).
+        wide = native_library.instruction_set() in native_library.WIDE_INSTRUCTION_SETS
+        return NativeKernels(dtype, compiled_products=wide)
     return TorchKernels(device, dtype)

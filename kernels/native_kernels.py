@@ -18,6 +18,7 @@ from .native_library import (
     AttentionOperation,
     Embed,
     Epilogue,
+    GatedActivation,
     Kind,
     LinearOperation,
     Operation,
@@ -35,23 +36,53 @@ from .torch_kernels import TorchKernels
 class NativeKernels:
     """See `interface.Kernels`; float32 or bfloat16 on CPUs."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, *, compiled_products: bool = True) -> None:
+        """
+        Args:
+            dtype: of the weights.
+            compiled_products: multiply with the compiled kernel too and not with torch's.
+        """
+        self._compiled_products = compiled_products
         self._program: NativeProgram | None = None
         self.arena = Arena()
         """The memory of the packed weights."""
-        self._torch = TorchKernels(torch.device("cpu"), torch.float32)
+        self._torch = TorchKernels(torch.device("cpu"), dtype)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""
-        return NativeLinear(self, weight, bias)
+        if self._compiled_products:
+            return NativeLinear(self, weight, bias)
+        return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
 
-    def tied_linear(self, weight: Tensor) -> NativeLinear:
+    def tied_linear(self, weight: Tensor) -> Linear:
         """See `interface.Kernels`."""
-        return NativeLinear(self, weight, None)
+        if self._compiled_products:
+            return NativeLinear(self, weight, None)
+        return self._torch.tied_linear(weight)
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> NativeGatedLinear:
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
-        return NativeGatedLinear(self, weight, bias, activation)
+        if self._compiled_products:
+            return NativeGatedLinear(self, weight, bias, activation)
+        product = self.linear(weight, bias)
+        return lambda x: self.gated_activation(product(x), activation)
+
+    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
+        """[gate | up] [T, 2 * width] → activation(gate) * up [T, width]."""
+        width = x.shape[1] // 2
+        out = self.temporary(x, width, x.dtype)
+        operation = GatedActivation(
+            Kind.GATED_ACTIVATION,
+            is_bfloat16(x),
+            width,
+            ACTIVATIONS[activation],
+            x.data_ptr(),
+            out.data_ptr(),
+            row_stride(x),
+            row_stride(out),
+        )
+        self._emit(operation, self._step(len(x)), x, out)
+        return out
 
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
@@ -236,6 +267,14 @@ class NativeKernels:
         self._emit(operation, plan.step, query, k_cache, v_cache, out)
         return out
 
+    def product_on_host(self, product: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+        """product(x) [T, width], which is none of these kernels."""
+        if self._program is None:
+            return product(x)
+        out = self.temporary(x, width, x.dtype)
+        self._program.append_on_host(product, x, out)
+        return out
+
     def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:
         """See `interface.Kernels`."""
         if self._program is None:
@@ -307,6 +346,28 @@ class NativeLinear:
 
     def _run(self, x: Tensor, out: Tensor, epilogue: Epilogue, alpha: float = 1.0) -> None:
         run_linear(self._kernels, x, self.weight, self._bias, out, epilogue, in_features=self.shape[1], alpha=alpha)
+
+
+class LibraryLinear:
+    """See `interface.Linear`: torch's product between compiled kernels."""
+
+    def __init__(self, kernels: NativeKernels, product: Linear, out_features: int) -> None:
+        self._kernels, self._product, self._out_features = kernels, product, out_features
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.product_on_host(self._product, x, self._out_features)
+
+    def float32(self, x: Tensor) -> Tensor:
+        """See `interface.Linear`; not recorded."""
+        return self._product.float32(x)
+
+    def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
+        """See `interface.Linear`."""
+        self._kernels.add_(hidden, self(x), alpha)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """See `interface.Linear`."""
+        return self._product.rows(indices)
 
 
 class NativeGatedLinear:

@@ -19,6 +19,8 @@ _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """Each needs what those before it need."""
+WIDE_INSTRUCTION_SETS = ("avx512", "avx512_bf16")
+"""With registers of 64 bytes."""
 
 
 class Kind(enum.IntEnum):

@@ -23,8 +23,9 @@ from raytroupe.kernels.native_kernels import NativeKernels
 from raytroupe.kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
-WAYS = ("torch", "native", "recorded")
-"""How a decoder's layers can run: in torch, in compiled kernels one by one, or in these as one program."""
+WAYS = ("torch", "native", "recorded", "recorded around the library's products")
+"""How a decoder's layers can run: in torch, in compiled kernels one by one, or in these as one program, which may
+leave the products to torch."""
 MAX_TOKENS = 160
 """Of a step of a recorded decoder."""
 
@@ -35,7 +36,7 @@ def kernels_for(way: str, dtype: torch.dtype) -> Kernels:
         return TorchKernels(CPU, dtype)
     if not native_library.is_built():
         pytest.skip("the kernels were not compiled: there was no C++ compiler at installation")
-    return NativeKernels()
+    return NativeKernels(dtype, compiled_products="library" not in way)
 
 
 @dataclasses.dataclass
@@ -100,7 +101,7 @@ class Stage:
         weights = load_weights(folder, self.spec, layout, dtype, CPU)
         self.decoder = Decoder(self.spec, layout, weights, kernels_for(way, dtype), collectives, max_model_len)
         self.cache = KVCache(self.spec, layout, 128, 8, dtype, CPU)
-        if way == "recorded":
+        if way.startswith("recorded"):
             self.decoder.record(self.cache, MAX_TOKENS)
 
 
