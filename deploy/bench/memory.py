@@ -126,10 +126,18 @@ def shard_process(server_pid: int) -> psutil.Process:
         EngineError: there is none, or several.
     """
     family = psutil.Process(server_pid).children(recursive=True)
-    shards = [process for process in family if process.cmdline()[:1] and "ShardActor" in process.cmdline()[0]]
+    shards = [process for process in family if "ShardActor" in title(process)]
     if len(shards) != 1:
         raise EngineError(f"{len(shards)} shard processes below process {server_pid}; one was expected")
     return shards[0]
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; nothing if it has ended meanwhile."""
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""
 
 
 def prompts(num_tokens: int, prompt_len: int, vocab_size: int) -> list[list[int]]:

@@ -69,8 +69,16 @@ class Application:
         return reply.choices[0].message.content
 
     def engine_stats(self, model: str) -> list[dict[str, Any]]:
-        """`SchedulerReplica.engine_stats` of every replica."""
-        return serve.get_deployment_handle(model, "troupe").broadcast("engine_stats").results(timeout_s=30)
+        """`SchedulerReplica.engine_stats` of every replica; a moment after one has died, Serve may still name it."""
+        handle = serve.get_deployment_handle(model, "troupe")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return handle.broadcast("engine_stats").results(timeout_s=30)
+            except ray.exceptions.RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def alive_actors(self) -> list[ActorState]:
         """All actors of the cluster that are alive."""
