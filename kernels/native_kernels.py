@@ -29,7 +29,7 @@ from .native_library import (
     Step,
 )
 from .packed_weight import interleave_gate, pack, unpack_rows
-from .program import NativePlan, NativeProgram
+from .program import NativePlan, NativeProgram, spread_stride
 from .torch_kernels import TorchKernels
 
 
@@ -70,7 +70,7 @@ class NativeKernels:
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         """[gate | up] [T, 2 * width] → activation(gate) * up [T, width]."""
         width = x.shape[1] // 2
-        out = self.temporary(x, width, x.dtype)
+        out = self.temporary(x, width, x.dtype, spread=True)
         operation = GatedActivation(
             Kind.GATED_ACTIVATION,
             is_bfloat16(x),
@@ -141,7 +141,7 @@ class NativeKernels:
         if in_place:
             out = x
         else:
-            out = self.temporary(x if rows is None else rows, x.shape[-1], x.dtype)
+            out = self.temporary(x if rows is None else rows, x.shape[-1], x.dtype, spread=True)
         assert weight.dtype == torch.float32
         operation = RmsNorm(
             Kind.RMS_NORM,
@@ -244,7 +244,7 @@ class NativeKernels:
         kv_heads, num_blocks, block_size, _ = k_cache.shape
         assert query.stride()[1:] == (head_dim, 1)
         assert query.dtype == k_cache.dtype == v_cache.dtype
-        out = self.temporary(query, heads * head_dim, query.dtype)
+        out = self.temporary(query, heads * head_dim, query.dtype, spread=True)
         operation = AttentionOperation(
             Kind.ATTENTION,
             is_bfloat16(query),
@@ -305,11 +305,12 @@ class NativeKernels:
     def _step(self, rows: int, **pointers: int) -> Step:
         return Step(rows=rows, threads=torch.get_num_threads(), **pointers)
 
-    def temporary(self, like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """[rows of `like`, width] for a result."""
+    def temporary(self, like: Tensor, width: int, dtype: torch.dtype, *, spread: bool = False) -> Tensor:
+        """[rows of `like`, width] for a result; `spread` as in `NativeProgram.temporary`."""
         if self._program is not None:
-            return self._program.temporary(width, dtype)
-        return torch.empty(len(like), width, dtype=dtype)
+            return self._program.temporary(width, dtype, spread=spread)
+        stride = spread_stride(width, dtype) if spread else width
+        return torch.empty(len(like), stride, dtype=dtype)[:, :width]
 
     def _record_to(self, program: NativeProgram | None) -> None:
         self._program = program
@@ -381,7 +382,7 @@ class NativeGatedLinear:
         self._bias = None if bias is None else padded_bias(interleave_gate(bias))
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self._kernels.temporary(x, self._width, x.dtype)
+        out = self._kernels.temporary(x, self._width, x.dtype, spread=True)
         run_linear(
             self._kernels,
             x,

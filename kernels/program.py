@@ -25,6 +25,15 @@ from .attention_metadata import AttentionMetadata
 from .interface import Plan
 from .native_library import Operation, OperationList, Step
 
+CACHE_LINE = 64
+
+
+def spread_stride(width: int, dtype: torch.dtype) -> int:
+    """Elements from one row to the next so that many rows side by side are spread over all sets of the first-level
+    cache: an odd number of lines. (Rows of 2 KiB, 32 at a time, would share two sets of eight lines.)"""
+    lines = -(-width * dtype.itemsize // CACHE_LINE)
+    return (lines | 1) * CACHE_LINE // dtype.itemsize
+
 
 class NativePlan:
     """The step as the compiled kernels take it; what `metadata` holds must stay as it is until the step has run."""
@@ -100,17 +109,22 @@ class NativeProgram:
         """The next layer may overwrite the temporaries of this one."""
         self._next_temporary = 0
 
-    def temporary(self, width: int, dtype: torch.dtype) -> Tensor:
-        """[max_rows, width], the kernels' own until the next layer begins."""
+    def temporary(self, width: int, dtype: torch.dtype, *, spread: bool = False) -> Tensor:
+        """[max_rows, width], the kernels' own until the next layer begins.
+
+        Args:
+            spread: the rows are `spread_stride` apart: for what a product reads.
+        """
         place = self._next_temporary
         self._next_temporary += 1
-        size = self.max_rows * width * dtype.itemsize
+        stride = spread_stride(width, dtype) if spread else width
+        size = self.max_rows * stride * dtype.itemsize
         if place == len(self._temporaries):
             self._temporaries.append(torch.empty(0, dtype=torch.uint8))
         if len(self._temporaries[place]) < size:
             self._kept.append(self._temporaries[place])
             self._temporaries[place] = torch.empty(size, dtype=torch.uint8)
-        return self._temporaries[place][:size].view(dtype).view(self.max_rows, width)
+        return self._temporaries[place][:size].view(dtype).view(self.max_rows, stride)[:, :width]
 
     def append(self, operation: Operation, *tensors: Tensor | None) -> None:
         """Record an operation on `tensors`, which are kept as long as the program."""

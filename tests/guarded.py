@@ -43,7 +43,7 @@ class GuardedKernels(NativeKernels):
         super().__init__()
         self._guarded: list[Guarded] = []
 
-    def temporary(self, like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    def temporary(self, like: Tensor, width: int, dtype: torch.dtype, *, spread: bool = False) -> Tensor:
         """See `NativeKernels`."""
         guarded = Guarded(len(like), width, dtype, margin=SENTINEL, inside=torch.nan)
         self._guarded.append(guarded)

@@ -10,13 +10,20 @@
 // A sum runs over the inputs in their order whatever the number of rows, threads or chunks, so a row's result does not
 // depend on what else is in the batch.
 //
+// How to fetch depends on the number of tiles (measured in docs/decisions.md). One tile reads the stream as fast as memory
+// gives it: the processor foresees it, and a request a little ahead is all that helps. With a few tiles memory must work
+// while the later ones compute: all of them ask for the next chunk, which is small, for the processor has but two dozen
+// requests in flight. With many tiles arithmetic is the limit, and long chunks save the sums' way to memory and back.
+//
 // Widths that are not whole: the last group may have fewer blocks, columns past the last are zeros in the weight and not
 // written, and an odd last input meets a zero.
 
 constexpr int BLOCKS = 4;
 constexpr int GROUP = BLOCKS * LANES;
 constexpr int ROW_BLOCK = 384;           // rows of an item, so that few groups make enough items for all threads
-constexpr int CHUNK_BYTES = 192 * 1024;
+constexpr int LONG_CHUNK = 192 * 1024, SHORT_CHUNK = 16 * 1024; // bytes of the stream
+constexpr int FEW_TILES = 3;                                    // up to so many take short chunks
+constexpr int AHEAD = 2048;                                     // bytes that one tile asks ahead
 #if NATIVE_AVX512
 constexpr int TILE_ROWS = 6;
 #else
@@ -152,6 +159,8 @@ INLINE void run_tile(const Linear &op, int64_t row, int group, const Chunk &chun
                      lanes *partial)
 {
     if constexpr (WIDTH == BLOCKS) {
+        if (lines == 1)
+            return run_tile<ROWS, WIDTH, 1, element>(op, row, group, chunk, ahead, partial);
         if (lines == 2)
             return run_tile<ROWS, WIDTH, 2, element>(op, row, group, chunk, ahead, partial);
         if (lines == 4)
@@ -181,19 +190,22 @@ INLINE void run_tile(int rows, const Linear &op, int64_t row, int group, const C
 #endif
 }
 
-// Where the stream of an item begins, and how its inputs are cut.
+// The stream of a group, and how its inputs are cut into chunks for `rows` rows.
 template <typename element> struct Stream {
     const char *weight;
-    int width, chunks, inputs; // blocks of the group; chunks; inputs of a chunk, the last has what is left
+    int width, tiles, chunks, inputs; // blocks of the group; tiles; chunks; inputs of a chunk, the last has what is left
 
-    Stream(const Linear &op, int columns, int group)
+    Stream(const Linear &op, int columns, int group, int rows)
     {
         constexpr int step = PER_STEP<element>;
-        const int64_t steps = (op.in_features + step - 1) / step;
+        const int64_t steps = (op.in_features + step - 1) / step, bytes = steps * sizeof(lanes) * BLOCKS;
         const int left = (columns + LANES - 1) / LANES - group * BLOCKS;
         width = left < BLOCKS ? left : BLOCKS;
-        weight = (const char *)op.weight + group * steps * sizeof(lanes) * BLOCKS;
-        chunks = (int)((steps * sizeof(lanes) * BLOCKS + CHUNK_BYTES - 1) / CHUNK_BYTES);
+        weight = (const char *)op.weight + group * bytes;
+        const int tile_rows = width == BLOCKS ? TILE_ROWS : NARROW_TILE_ROWS;
+        tiles = (rows + tile_rows - 1) / tile_rows;
+        const int64_t most = tiles == 1 ? bytes : tiles <= FEW_TILES ? SHORT_CHUNK : LONG_CHUNK;
+        chunks = (int)((bytes + most - 1) / most);
         inputs = (int)((steps + chunks - 1) / chunks) * step;
     }
 
@@ -205,17 +217,19 @@ template <typename element> struct Stream {
     }
 };
 
+// `next` is the stream that this thread reads after this one, or null.
 template <typename element>
 INLINE void run_item(const Linear &op, const Stream<element> &stream, int group, int64_t begin, int rows, const char *next,
                      lanes *partial)
 {
-    const int tile_rows = stream.width == BLOCKS ? TILE_ROWS : NARROW_TILE_ROWS;
-    const int tiles = (rows + tile_rows - 1) / tile_rows;
+    const int tiles = stream.tiles;
     // The first tiles share the fetching of the next chunk: 4 lines a step in all.
-    const int fetching = tiles == 1 ? 1 : 2, lines = 4 / fetching;
+    const int fetching = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1, lines = 4 / fetching;
     for (int index = 0; index < stream.chunks; index++) {
         const Chunk chunk = stream.chunk(op, index);
         const char *ahead = index + 1 < stream.chunks ? stream.chunk(op, index + 1).weight : next;
+        if (tiles == 1)
+            ahead = chunk.weight + AHEAD;
         for (int tile = 0; tile < tiles; tile++) {
             const int first = (int)((int64_t)rows * tile / tiles), count = (int)((int64_t)rows * (tile + 1) / tiles) - first;
             const int fetched = tile < fetching && ahead ? lines : 0;
@@ -245,8 +259,9 @@ template <typename element> INLINE void run_linear(const Linear &op, const Step 
         following = worker.claim();
         const int group = item % groups, begin = item / groups * rows;
         const int left = step.rows - begin;
-        const char *next = following < items ? Stream<element>(op, columns, following % groups).weight : nullptr;
-        run_item<element>(op, Stream<element>(op, columns, group), group, begin, left < rows ? left : rows, next, partial);
+        const int count = left < rows ? left : rows;
+        const char *next = following < items ? Stream<element>(op, columns, following % groups, rows).weight : nullptr;
+        run_item<element>(op, Stream<element>(op, columns, group, count), group, begin, count, next, partial);
     }
 }
 
