@@ -13,6 +13,7 @@
 #include "attention_softmax.h"
 #include "attention_items.h"
 #include "attention_space.h"
+#include "attention_direct.h"
 #include "attention_pieces.h"
 
 template <typename element>
@@ -114,12 +115,20 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
                 work(row, sight.begin(query), sight.end(query));
     };
 
-    for (int block = 0; block < blocks; block++) {
-        pack_keys<packed>(space.tile, tokens.keys, block, blocks, dim);
+    bool direct = false;
+    if constexpr (MAY_BE_DIRECT<element>) {
+        direct = count <= DIRECT_ROWS && dim % DIRECT_DIM == 0;
+        if (direct)
+            score_directly(space, tokens, blocks, first, count, dim, ahead);
+    }
+    if (!direct) {
+        for (int block = 0; block < blocks; block++) {
+            pack_keys<packed>(space.tile, tokens.keys, block, blocks, dim);
+            ahead.tokens(12);
+        }
+        multiply_keys(space, sight, first, count, key_steps);
         ahead.tokens(12);
     }
-    multiply_keys(space, sight, first, count, key_steps);
-    ahead.tokens(12);
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
         raise_largest(space.rows, row, begin, end, scaling);
     });
@@ -130,6 +139,10 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
         weigh<packed>(space.rows, row, begin, end, blocks * LANES, scaling);
     });
+    if constexpr (MAY_BE_DIRECT<element>) {
+        if (direct)
+            return add_directly(count, space, tokens, value_steps, first, dim, ahead);
+    }
     ahead.tokens(12);
     for (int step = 0; step < value_steps; step += 8) {
         pack_values<packed>(space.tile, tokens.values, step, step + 8, value_steps, dim);

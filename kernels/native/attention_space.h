@@ -27,28 +27,36 @@ template <typename element> struct TokenTile {
     }
 };
 
-// Fetches a tile one token after the other, a few at a time, into the second-level cache: it waits for more lines at once
+// Fetches a tile one line after the other, a few at a time, into the second-level cache: it waits for more lines at once
 // than the first-level cache does. (Measured on blocks of 2 KiB: 17 GB/s a core; into the first-level cache 10 GB/s.)
 template <typename element> class Fetch {
   public:
-    Fetch(const TokenTile<element> &tile, int dim) : tile_(tile), bytes_(dim * (int)sizeof(element)) {}
-
-    __attribute__((always_inline)) inline void tokens(int count)
+    Fetch(const TokenTile<element> &tile, int dim)
+        : tile_(tile), bytes_(dim * (int)sizeof(element)), per_token_((bytes_ + 63) / 64)
     {
-        const int all = 2 * tile_.count, until = done_ + count < all ? done_ + count : all;
-        for (; done_ < until; done_++) {
+    }
+
+    __attribute__((always_inline)) inline void lines(int count)
+    {
+        for (; count > 0 && done_ < 2 * tile_.count; count--) {
             const char *token = (const char *)(done_ < tile_.count ? tile_.keys[done_] : tile_.values[done_ - tile_.count]);
-            for (int line = 0; line < bytes_; line += 64)
-                __builtin_prefetch(token + line, 0, 2);
+            __builtin_prefetch(token + offset_, 0, 2);
+            offset_ += 64;
+            if (offset_ >= bytes_) {
+                offset_ = 0;
+                done_++;
+            }
         }
     }
+
+    __attribute__((always_inline)) inline void tokens(int count) { lines(count * per_token_); }
 
     void rest() { tokens(2 * TILE_TOKENS); }
 
   private:
     const TokenTile<element> &tile_;
-    const int bytes_;
-    int done_ = 0;
+    const int bytes_, per_token_;
+    int done_ = 0, offset_ = 0;
 };
 
 // A thread's memory for an item.

@@ -1,0 +1,101 @@
+// Products of few rows with keys and values as they lie in the cache. Packing a tile costs more than it saves if no more
+// than a group of query heads uses it, as in decode. bfloat16 and the instructions for it; dimensions in thirty-twos.
+
+constexpr int DIRECT_ROWS = 4;
+constexpr int DIRECT_DIM = 2 * LANES; // bfloat16 of a register
+
+template <typename element> constexpr bool MAY_BE_DIRECT = NATIVE_BFLOAT16 && sizeof(element) == 2;
+
+#if NATIVE_BFLOAT16
+// Lane i is the sum of all lanes of values[i]; the order of the additions is always the same.
+INLINE __m512 sums_of_all(__m512 (&values)[LANES])
+{
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2)
+        values[i] = _mm512_add_ps(_mm512_unpacklo_ps(values[i], values[i + 1]), _mm512_unpackhi_ps(values[i], values[i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) { // now lane j of each quarter belongs to value i + j
+        const __m512d a = _mm512_castps_pd(values[i]), b = _mm512_castps_pd(values[i + 2]);
+        values[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const auto halve = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halve(halve(values[0], values[4]), halve(values[8], values[12]));
+}
+
+INLINE __m512bh load_bfloat16(const uint16_t *values)
+{
+    __m512bh result;
+    memcpy(&result, values, sizeof result);
+    return result;
+}
+
+// The scores of all rows with the tile's tokens.
+INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int blocks, int first, int count,
+                           int dim, Fetch<uint16_t> &ahead)
+{
+    for (int block = 0; block < blocks; block++)
+        for (int row = first; row < first + count; row++) {
+            const uint16_t *query = space.query + (int64_t)row * space.query_stride;
+            __m512 sums[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                const uint16_t *key = tokens.keys[block * LANES + i];
+                sums[i] = _mm512_setzero_ps();
+                for (int d = 0; d < dim; d += DIRECT_DIM)
+                    sums[i] = _mm512_dpbf16_ps(sums[i], load_bfloat16(key + d), load_bfloat16(query + d));
+                ahead.lines(1);
+            }
+            _mm512_storeu_ps(space.rows.scores + row * TILE_TOKENS + block * LANES, sums_of_all(sums));
+        }
+}
+
+// The sums of ROWS rows, corrected, plus their weights × the values, for the dimensions of WIDTH blocks from `from` on.
+template <int ROWS, int WIDTH>
+INLINE void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first, int from,
+                         Fetch<uint16_t> &ahead)
+{
+    lanes sums[ROWS][WIDTH];
+    for (int row = 0; row < ROWS; row++)
+        for (int block = 0; block < WIDTH; block++)
+            sums[row][block] = load_lanes(space.sums + (int64_t)(first + row) * space.width + from + block * LANES) *
+                               space.rows.keep[first + row];
+    const uint16_t *weights = (const uint16_t *)(space.rows.scores + first * TILE_TOKENS);
+    for (int step = 0; step < steps; step++) {
+        signed_bits pairs[WIDTH];
+        pack_values<WIDTH, uint16_t>(pairs, tokens.values + 2 * step, from, WIDTH * LANES + from);
+        for (int row = 0; row < ROWS; row++) {
+            const uint32_t weight = input_pair(weights + row * 2 * TILE_TOKENS + 2 * step);
+            for (int block = 0; block < WIDTH; block++)
+                sums[row][block] = dot_pairs(sums[row][block], pairs[block], weight);
+        }
+        ahead.lines(4);
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int block = 0; block < WIDTH; block++)
+            store_lanes(space.sums + (int64_t)(first + row) * space.width + from + block * LANES, sums[row][block]);
+}
+
+template <int ROWS>
+static void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first, int dim,
+                         Fetch<uint16_t> &ahead)
+{
+    int from = 0;
+    for (; from + 4 * LANES <= dim; from += 4 * LANES)
+        add_directly<ROWS, 4>(space, tokens, steps, first, from, ahead);
+    if (from < dim)
+        add_directly<ROWS, 2>(space, tokens, steps, first, from, ahead);
+}
+
+INLINE void add_directly(int rows, const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first,
+                         int dim, Fetch<uint16_t> &ahead)
+{
+    switch (rows) {
+    case 1: return add_directly<1>(space, tokens, steps, first, dim, ahead);
+    case 2: return add_directly<2>(space, tokens, steps, first, dim, ahead);
+    case 3: return add_directly<3>(space, tokens, steps, first, dim, ahead);
+    case 4: return add_directly<4>(space, tokens, steps, first, dim, ahead);
+    }
+}
+#endif
