@@ -24,9 +24,6 @@ class Linear(Protocol):
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """hidden [T, out] += alpha * y, in place."""
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """Rows of the weight, as an embedding's: [R] int64 → [R, in], a new tensor."""
-
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the step's positions, each [T, rotary_dim / 2] float32."""
@@ -46,7 +43,7 @@ class Kernels(Protocol):
         """x weightᵀ + bias; takes over weight [out, in] and bias [out]."""
 
     def tied_linear(self, weight: Tensor) -> Linear:
-        """A product whose `rows` are looked up too; in the others they need not be there."""
+        """A product whose weight's rows are looked up too, by `embed`."""
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """activation(x gateᵀ) * (x upᵀ): [T, in] → [T, width].

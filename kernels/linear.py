@@ -26,10 +26,6 @@ class PlainLinear:
         """See `interface.Linear`."""
         hidden.add_(self(x), alpha=alpha)
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """See `interface.Linear`."""
-        return functional.embedding(indices, self.weight)
-
 
 class PackedLinear(PlainLinear):
     """A weight in oneDNN's blocked order, packed once.
@@ -44,10 +40,6 @@ class PackedLinear(PlainLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self._bias, "none", [], "")
-
-    def rows(self, indices: Tensor) -> Tensor:
-        """Not offered: the blocked order is oneDNN's own."""
-        raise NotImplementedError("oneDNN's order has no rows; keep an embedding in a PlainLinear")
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

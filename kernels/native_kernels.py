@@ -13,6 +13,7 @@ from .interface import Linear, Plan, Rotation
 from .linear import PlainLinear
 from .native_library import (
     ACTIVATIONS,
+    UNPACKING_INSTRUCTION_SETS,
     Add,
     ArgMax,
     AttentionOperation,
@@ -27,8 +28,9 @@ from .native_library import (
     RotateStore,
     RotationOperation,
     Step,
+    instruction_set,
 )
-from .packed_weight import interleave_gate, pack, unpack_rows
+from .packed_weight import GROUP, PackedWeight, interleave_gate, pack
 from .program import NativePlan, NativeProgram, spread_stride
 from .torch_kernels import TorchKernels
 
@@ -36,12 +38,18 @@ from .torch_kernels import TorchKernels
 class NativeKernels:
     """See `interface.Kernels`; float32 or bfloat16 on CPUs."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, *, compiled_products: bool = True) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, *, compiled_products: bool = True, compress: bool | None = None
+    ) -> None:
         """
         Args:
             dtype: of the weights.
             compiled_products: multiply with the compiled kernel too and not with torch's.
+            compress: keep bfloat16 weights compressed, without loss; None: where that is fast.
         """
+        if compress is None:
+            compress = instruction_set() in UNPACKING_INSTRUCTION_SETS
+        self._compress = compress
         self._compiled_products = compiled_products
         self._program: NativeProgram | None = None
         self.arena = Arena()
@@ -73,7 +81,7 @@ class NativeKernels:
         out = self.temporary(x, width, x.dtype, spread=True)
         operation = GatedActivation(
             Kind.GATED_ACTIVATION,
-            is_bfloat16(x),
+            is_bfloat16(x.dtype),
             width,
             ACTIVATIONS[activation],
             x.data_ptr(),
@@ -87,20 +95,18 @@ class NativeKernels:
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
         assert isinstance(embedding, NativeLinear | PlainLinear)
-        weight = embedding.weight
-        if isinstance(embedding, NativeLinear):
-            vocabulary, width = embedding.shape
-        else:
-            vocabulary, width = weight.shape
-            assert weight.is_contiguous()
+        packed = embedding.weight if isinstance(embedding, NativeLinear) else None
+        weight = embedding.weight if isinstance(embedding, PlainLinear) else embedding.weight.data
+        dtype, width = embedding.weight.dtype, embedding.weight.shape[1]
+        assert weight.is_contiguous()
         if out is None:
-            out = self.temporary(tokens, width, weight.dtype)
+            out = self.temporary(tokens, width, dtype)
         operation = Embed(
             Kind.EMBED,
-            is_bfloat16(weight),
+            is_bfloat16(dtype),
             width,
-            isinstance(embedding, NativeLinear),
-            vocabulary,
+            packed is not None,
+            packed is not None and packed.compressed,
             scale,
             weight.data_ptr(),
             out.data_ptr(),
@@ -145,7 +151,7 @@ class NativeKernels:
         assert weight.dtype == torch.float32
         operation = RmsNorm(
             Kind.RMS_NORM,
-            is_bfloat16(x),
+            is_bfloat16(x.dtype),
             x.shape[-1],
             eps,
             x.data_ptr(),
@@ -171,7 +177,7 @@ class NativeKernels:
         assert hidden.shape == x.shape
         operation = Add(
             Kind.ADD,
-            is_bfloat16(x),
+            is_bfloat16(x.dtype),
             x.shape[-1],
             alpha,
             x.data_ptr(),
@@ -203,7 +209,7 @@ class NativeKernels:
         assert qkv.dtype == k_cache.dtype == v_cache.dtype
         operation = RotateStore(
             Kind.ROTATE_STORE,
-            is_bfloat16(qkv),
+            is_bfloat16(qkv.dtype),
             heads,
             kv_heads,
             head_dim,
@@ -247,7 +253,7 @@ class NativeKernels:
         out = self.temporary(query, heads * head_dim, query.dtype, spread=True)
         operation = AttentionOperation(
             Kind.ATTENTION,
-            is_bfloat16(query),
+            is_bfloat16(query.dtype),
             heads,
             kv_heads,
             head_dim,
@@ -267,19 +273,13 @@ class NativeKernels:
         self._emit(operation, plan.step, query, k_cache, v_cache, out)
         return out
 
-    def product_on_host(self, product: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
-        """product(x) [T, width], which is none of these kernels."""
-        if self._program is None:
-            return product(x)
-        out = self.temporary(x, width, x.dtype)
-        self._program.append_on_host(product, x, out)
-        return out
-
-    def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:
-        """See `interface.Kernels`."""
+    def on_host(
+        self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False, width: int | None = None
+    ) -> Tensor:
+        """See `interface.Kernels`; `width` is that of the result if it is another."""
         if self._program is None:
             return function(x)
-        out = x if in_place else self.temporary(x, x.shape[-1], x.dtype)
+        out = x if in_place else self.temporary(x, width or x.shape[-1], x.dtype)
         self._program.append_on_host(function, x, out)
         return out
 
@@ -291,6 +291,10 @@ class NativeKernels:
     def new_program(self, max_rows: int) -> NativeProgram:
         """See `interface.Kernels`."""
         return NativeProgram(max_rows, self._record_to)
+
+    def pack(self, weight: Tensor) -> PackedWeight:
+        """A weight for the compiled product."""
+        return pack(weight, self.arena, compress=self._compress)
 
     def run_rows(self, operation: Operation, rows: int, *tensors: Tensor | None) -> None:
         """Run an operation that needs no more of a step than its number of rows, now, or record it."""
@@ -321,32 +325,27 @@ class NativeLinear:
 
     def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> None:
         self._kernels = kernels
-        self.shape = weight.shape
-        self.weight = pack(weight, kernels.arena)
+        self.weight = kernels.pack(weight)
         self._bias = padded_bias(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self._kernels.temporary(x, self.shape[0], x.dtype)
+        out = self._kernels.temporary(x, self.weight.shape[0], x.dtype)
         self._run(x, out, Epilogue.STORE)
         return out
 
     def float32(self, x: Tensor) -> Tensor:
         """See `interface.Linear`."""
-        out = self._kernels.temporary(x, self.shape[0], torch.float32)
+        out = self._kernels.temporary(x, self.weight.shape[0], torch.float32)
         self._run(x, out, Epilogue.STORE)
         return out
 
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """See `interface.Linear`."""
-        assert hidden.shape == (len(x), self.shape[0])
+        assert hidden.shape == (len(x), self.weight.shape[0])
         self._run(x, hidden, Epilogue.ADD_TO, alpha)
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """See `interface.Linear`."""
-        return unpack_rows(self.weight, indices, self.shape[0], self.shape[1])
-
     def _run(self, x: Tensor, out: Tensor, epilogue: Epilogue, alpha: float = 1.0) -> None:
-        run_linear(self._kernels, x, self.weight, self._bias, out, epilogue, in_features=self.shape[1], alpha=alpha)
+        run_linear(self._kernels, x, self.weight, self._bias, out, epilogue, alpha=alpha)
 
 
 class LibraryLinear:
@@ -356,7 +355,7 @@ class LibraryLinear:
         self._kernels, self._product, self._out_features = kernels, product, out_features
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._kernels.product_on_host(self._product, x, self._out_features)
+        return self._kernels.on_host(self._product, x, width=self._out_features)
 
     def float32(self, x: Tensor) -> Tensor:
         """See `interface.Linear`; not recorded."""
@@ -366,10 +365,6 @@ class LibraryLinear:
         """See `interface.Linear`."""
         self._kernels.add_(hidden, self(x), alpha)
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """See `interface.Linear`."""
-        return self._product.rows(indices)
-
 
 class NativeGatedLinear:
     """The two halves of a gated MLP's first product, and what joins them, in one pass."""
@@ -377,8 +372,8 @@ class NativeGatedLinear:
     def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None, activation: str) -> None:
         self._kernels = kernels
         self._activation = ACTIVATIONS[activation]
-        self._width, self._in_features = len(weight) // 2, weight.shape[1]
-        self._weight = pack(interleave_gate(weight), kernels.arena)
+        self._width = len(weight) // 2
+        self._weight = kernels.pack(interleave_gate(weight))
         self._bias = None if bias is None else padded_bias(interleave_gate(bias))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -390,7 +385,6 @@ class NativeGatedLinear:
             self._bias,
             out,
             Epilogue.GATED,
-            in_features=self._in_features,
             activation=self._activation,
         )
         return out
@@ -399,48 +393,48 @@ class NativeGatedLinear:
 def run_linear(
     kernels: NativeKernels,
     x: Tensor,
-    weight: Tensor,
+    weight: PackedWeight,
     bias: Tensor | None,
     out: Tensor,
     epilogue: Epilogue,
     *,
-    in_features: int,
     activation: int = 0,
     alpha: float = 1.0,
 ) -> None:
-    """Emit a product of x [T, in_features] with a packed weight."""
+    """Emit a product of x [T, in]."""
     assert x.dtype == weight.dtype
-    assert x.shape[1] == in_features
+    assert x.shape[1] == weight.shape[1]
     operation = LinearOperation(
         Kind.LINEAR,
-        is_bfloat16(x),
-        in_features,
+        is_bfloat16(x.dtype),
+        weight.compressed,
+        x.shape[1],
         out.shape[1],
         epilogue,
         activation,
         out.dtype == torch.float32 and x.dtype != torch.float32,
         alpha,
         x.data_ptr(),
-        weight.data_ptr(),
+        weight.data.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         row_stride(x),
         row_stride(out),
     )
-    kernels.run_rows(operation, len(x), x, weight, bias, out)
+    kernels.run_rows(operation, len(x), x, weight.data, bias, out)
 
 
 def padded_bias(bias: Tensor | None) -> Tensor | None:
-    """float32, with zeros up to whole blocks, as the kernel reads it."""
+    """float32, with zeros up to whole groups, as the kernel reads it."""
     if bias is None:
         return None
-    return torch.nn.functional.pad(bias.float(), (0, -len(bias) % 16)).contiguous()
+    return torch.nn.functional.pad(bias.float(), (0, -len(bias) % GROUP)).contiguous()
 
 
-def is_bfloat16(x: Tensor) -> bool:
-    """Whether a kernel takes x for bfloat16; else it takes it for float32."""
-    assert x.dtype in (torch.bfloat16, torch.float32)
-    return x.dtype == torch.bfloat16
+def is_bfloat16(dtype: torch.dtype) -> bool:
+    """Whether a kernel takes a tensor for bfloat16; else it takes it for float32."""
+    assert dtype in (torch.bfloat16, torch.float32)
+    return dtype == torch.bfloat16
 
 
 def row_stride(x: Tensor) -> int:

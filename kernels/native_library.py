@@ -14,6 +14,7 @@ from importlib import machinery
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -21,6 +22,8 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """Each needs what those before it need."""
 WIDE_INSTRUCTION_SETS = ("avx512", "avx512_bf16")
 """With registers of 64 bytes."""
+UNPACKING_INSTRUCTION_SETS = ("avx512_bf16",)
+"""Whose product reads compressed weights as fast as others; the rest can."""
 
 
 class Kind(enum.IntEnum):
@@ -90,6 +93,7 @@ class LinearOperation(ctypes.Structure):
     _fields_ = [
         ("kind", _INT32),
         ("bfloat16", _INT32),
+        ("compressed", _INT32),
         ("in_features", _INT32),
         ("out_features", _INT32),
         ("epilogue", _INT32),
@@ -190,7 +194,7 @@ class Embed(ctypes.Structure):
         ("bfloat16", _INT32),
         ("width", _INT32),
         ("packed", _INT32),
-        ("vocabulary", _INT32),
+        ("compressed", _INT32),
         ("scale", _FLOAT),
         ("weight", _POINTER),
         ("out", _POINTER),
@@ -273,6 +277,30 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"this processor has no instruction set {name!r}; known are {', '.join(INSTRUCTION_SETS)}")
 
 
+def compressed_places(packed: Tensor) -> Tensor:
+    """Where the groups of a packed weight would lie if it were compressed: see `compressed_weight.h`.
+
+    Args:
+        packed: [groups, steps, 4, 16, 2] bfloat16, contiguous.
+
+    Returns:
+        [groups + 1] int64: bytes from the beginning; the last is the size.
+    """
+    assert packed.is_contiguous()
+    groups, steps = packed.shape[:2]
+    places = torch.empty(groups + 1, dtype=torch.int64)
+    _library().troupe_compressed_places(packed.data_ptr(), groups, steps, places.data_ptr(), torch.get_num_threads())
+    return places
+
+
+def compress(packed: Tensor, places: Tensor, target: Tensor) -> None:
+    """Write the compressed weight to `target` [places[-1]] uint8, which is zero and aligned to a cache line."""
+    assert len(target) == places[-1]
+    groups, steps = packed.shape[:2]
+    pointers = (places.data_ptr(), target.data_ptr())
+    _library().troupe_compress(packed.data_ptr(), groups, steps, *pointers, torch.get_num_threads())
+
+
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for `dtype` on `device`."""
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and is_built()
@@ -296,4 +324,8 @@ def _library() -> ctypes.CDLL:
     library.troupe_use_instruction_set.argtypes = [ctypes.c_char_p]
     library.troupe_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     library.troupe_run.restype = ctypes.c_int
+    library.troupe_compressed_places.argtypes = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
+    library.troupe_compressed_places.restype = None
+    library.troupe_compress.argtypes = [_POINTER, _INT64, _INT64, _POINTER, _POINTER, ctypes.c_int]
+    library.troupe_compress.restype = None
     return library

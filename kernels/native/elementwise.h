@@ -184,13 +184,27 @@ static void add(const Operation &operation, const Step &step, Worker &worker)
         add_rows<float>(op, step, worker);
 }
 
-// Where input `i` of row `token` of a packed weight lies: linear.h draws the order.
-template <typename element> INLINE int64_t packed_index(const Embed &op, int64_t token, int i)
+// Row `token` of a packed weight: linear.h draws the order.
+template <typename element> INLINE void copy_packed_row(const Embed &op, int64_t token, element *out)
 {
-    constexpr int step = PER_STEP<element>;
-    const int64_t steps = (op.width + step - 1) / step, group = token / GROUP, inside = token % GROUP;
-    const int64_t left = (op.vocabulary + LANES - 1) / LANES - group * BLOCKS, blocks = left < BLOCKS ? left : BLOCKS;
-    return group * steps * GROUP * step + (i / step * blocks * LANES + inside) * step + i % step;
+    constexpr int per_step = PER_STEP<element>;
+    const int64_t steps = (op.width + per_step - 1) / per_step, group = token / GROUP;
+    const int block = token % GROUP / LANES, lane = token % LANES * per_step;
+    const char *weight = (const char *)op.weight + group * steps * WHOLE_BYTES;
+    const uint16_t *bases = nullptr;
+    if (op.compressed) {
+        bases = (const uint16_t *)((const char *)op.weight + ((const int64_t *)op.weight)[group]);
+        weight = (const char *)bases + bases_bytes(steps);
+    }
+    for (int i = 0; i < op.width; i++) {
+        const uint16_t base = bases ? bases[i / per_step] : AS_IT_IS;
+        if (base == AS_IT_IS)
+            memcpy(out + i, weight + block * sizeof(lanes) + (lane + i % per_step) * sizeof(element), sizeof(element));
+        else if constexpr (sizeof(element) == 2)
+            out[i] = compressed_number(weight, base, block, lane + i % per_step);
+        if (i % per_step == per_step - 1)
+            weight += base == AS_IT_IS ? WHOLE_BYTES : COMPRESSED_BYTES;
+    }
 }
 
 template <typename element> INLINE void embed_rows(const Embed &op, const Step &step, Worker &worker)
@@ -200,8 +214,7 @@ template <typename element> INLINE void embed_rows(const Embed &op, const Step &
         const element *weight = (const element *)op.weight;
         element *out = (element *)op.out + row * op.out_stride;
         if (op.packed)
-            for (int i = 0; i < op.width; i++)
-                out[i] = weight[packed_index<element>(op, token, i)];
+            copy_packed_row(op, token, out);
         else
             memcpy(out, weight + token * op.width, op.width * sizeof(element));
         if (op.scale != 1.0f)

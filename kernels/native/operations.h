@@ -62,6 +62,7 @@ struct RmsNorm : Operation {
 // y = x weightᵀ + bias.
 struct Linear : Operation {
     int32_t bfloat16;     // of x and weight
+    int32_t compressed;   // the weight is: compressed_weight.h
     int32_t in_features;
     int32_t out_features; // of `out`: with GATED half the columns of the weight
     int32_t epilogue;
@@ -70,7 +71,7 @@ struct Linear : Operation {
     float alpha;
     const void *x;
     const void *weight;   // packed, see linear.h
-    const float *bias;    // [columns of the weight], packed in their order, or null
+    const float *bias;    // [columns of the weight, in whole groups], packed in their order, or null
     void *out;
     int64_t x_stride, out_stride;
 };
@@ -127,7 +128,7 @@ struct Embed : Operation {
     int32_t bfloat16;
     int32_t width;
     int32_t packed;       // the weight is packed as for Linear; else its rows lie in order
-    int32_t vocabulary;   // rows of the weight
+    int32_t compressed;   // as for Linear
     float scale;
     const void *weight;
     void *out;

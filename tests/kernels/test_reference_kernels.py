@@ -87,9 +87,12 @@ def test_packed_products_equal_plain_ones(rows, biased, dtype):
 
 def test_rows_of_an_embedding():
     weight, rows = torch.randn(9, 5), torch.tensor([8, 0, 8, 3])
-    assert torch.equal(PlainLinear(weight).rows(rows), weight[rows])
+    kernels = TorchKernels(CPU, torch.float32)
+    embedding = kernels.tied_linear(weight)
+    assert torch.equal(kernels.embed(embedding, rows, 1.0), weight[rows])
+    assert torch.equal(kernels.embed(embedding, rows, 3.0), weight[rows] * 3)
     with pytest.raises(IndexError):
-        PlainLinear(weight).rows(torch.tensor([9]))
+        kernels.embed(embedding, torch.tensor([9]), 1.0)
 
 
 def test_only_the_cpu_packs():
