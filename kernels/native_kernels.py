@@ -333,9 +333,11 @@ class NativeLinear:
         self._run(x, out, Epilogue.STORE)
         return out
 
-    def float32(self, x: Tensor) -> Tensor:
+    def float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `interface.Linear`."""
-        out = self._kernels.temporary(x, self.weight.shape[0], torch.float32)
+        if out is None:
+            out = self._kernels.temporary(x, self.weight.shape[0], torch.float32)
+        assert out.shape == (len(x), self.weight.shape[0])
         self._run(x, out, Epilogue.STORE)
         return out
 
@@ -357,9 +359,9 @@ class LibraryLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._kernels.on_host(self._product, x, width=self._out_features)
 
-    def float32(self, x: Tensor) -> Tensor:
+    def float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `interface.Linear`; not recorded."""
-        return self._product.float32(x)
+        return self._product.float32(x, out)
 
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """See `interface.Linear`."""

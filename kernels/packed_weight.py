@@ -1,4 +1,4 @@
-"""The form in which the compiled product reads a weight: `kernels/native/linear.h` and `compressed_weight.h` draw it."""
+"""The form in which the compiled product reads a weight: `native/linear.h` and `native/compressed_weight.h` draw it."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class DecoderDriver:
         tokens = [token for i, start, count in rows for token in self.sequences[i][start : start + count]]
         metadata = self.blocks.metadata(rows)
         hidden = self.stage.decoder.forward(torch.tensor(tokens), None, metadata, self.stage.cache)
-        logits = self.stage.decoder.logits(hidden)
+        logits = self.stage.decoder.logits(hidden).clone()
         for (i, _, _), part in zip(rows, logits.split(metadata.counts), strict=True):
             self.logits[i] += list(part)
 
@@ -163,7 +163,7 @@ def run_shard(
             received = collectives.recv_hidden(torch.empty(len(tokens), stage.spec.hidden_size))
             hidden = stage.decoder.forward(None, received, metadata, stage.cache)
         if layout.last_stage:
-            results.append(stage.decoder.logits(hidden[metadata.query_start[1:].long() - 1]))
+            results.append(stage.decoder.logits(hidden[metadata.query_start[1:].long() - 1]).clone())
         else:
             collectives.send_hidden(hidden)
     return results

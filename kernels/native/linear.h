@@ -22,7 +22,8 @@
 constexpr int BLOCKS = 4;
 constexpr int GROUP = BLOCKS * LANES;
 constexpr int ROW_BLOCK = 384;                     // rows of an item, so that few groups make enough items for all threads
-constexpr int LONG_CHUNK = 768, SHORT_CHUNK = 64;  // steps of the stream: 256 bytes each, 192 if compressed
+constexpr int LONG_CHUNK = 768;                    // steps of the stream: 256 bytes each, 192 if compressed
+constexpr int SHORT_CHUNK = 64, SHORT_COMPRESSED_CHUNK = 256;
 constexpr int FEW_TILES = 3;                       // up to so many take short chunks
 constexpr int AHEAD = 1024;                        // bytes that one tile asks ahead
 #if NATIVE_AVX512
@@ -168,7 +169,8 @@ template <typename element> struct Stream {
             weight = begin + bases_bytes(steps);
         }
         tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-        const int most = tiles == 1 ? steps : tiles <= FEW_TILES ? SHORT_CHUNK : LONG_CHUNK;
+        const int few = op.compressed ? SHORT_COMPRESSED_CHUNK : SHORT_CHUNK;
+        const int most = tiles == 1 ? steps : tiles <= FEW_TILES ? few : LONG_CHUNK;
         chunks = (steps + most - 1) / most;
         inputs = (steps + chunks - 1) / chunks * PER_STEP<element>;
     }
