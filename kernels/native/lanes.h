@@ -20,16 +20,6 @@ INLINE float widen(uint16_t bits)
     return value;
 }
 
-// To nearest, ties to even.
-INLINE uint16_t round_to_bfloat16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if (value != value)
-        return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 INLINE lanes broadcast(float value) { return lanes{} + value; }
 
 // Lane by lane: where `mask` is all ones `a`, where it is zero `b`.
@@ -47,14 +37,6 @@ template <typename element> INLINE float load(const element *values)
         return *values;
 }
 
-template <typename element> INLINE void store(element *target, float value)
-{
-    if constexpr (sizeof(element) == 2)
-        *target = round_to_bfloat16(value);
-    else
-        *target = value;
-}
-
 template <typename element> INLINE lanes load_lanes(const element *values)
 {
     lanes result;
@@ -68,6 +50,7 @@ template <typename element> INLINE lanes load_lanes(const element *values)
     return result;
 }
 
+// bfloat16 is rounded to nearest, ties to even.
 template <typename element> INLINE void store_lanes(element *target, lanes values)
 {
     if constexpr (sizeof(element) == 2) {
