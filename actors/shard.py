@@ -44,6 +44,7 @@ class Shard:
         self._collectives: Collectives | None = None
         self._decoder: Decoder | None = None
         self._runner: ModelRunner | None = None
+        self._weight_bytes = 0
 
     def connect(self) -> None:
         """Meet the other shards.
@@ -67,10 +68,11 @@ class Shard:
         weights = load_weights(config.folder, self.spec, config.layout, self.dtype, self.device, progress)
         kernels = load_kernels(self.device, self.dtype)
         self._decoder = Decoder(self.spec, config.layout, weights, kernels, self._collectives, config.max_model_len)
+        self._weight_bytes = weight_bytes(self.spec, config.layout, self.dtype.itemsize) - kernels.saved_bytes
 
     def memory(self) -> DeviceMemory:
         """What the device has left; to be asked when all shards on it have loaded."""
-        return device_memory.measure(self.device, weight_bytes(self.spec, self.config.layout, self.dtype.itemsize))
+        return device_memory.measure(self.device, self._weight_bytes)
 
     def allocate(self, num_blocks: int) -> None:
         """Allocate the KV cache (`num_blocks` with the null block) and run a step of each kind to warm up."""

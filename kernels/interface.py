@@ -39,6 +39,9 @@ class Kernels(Protocol):
     """The kernels of one decoder. T: rows of the step; all tensors are on the kernels' device and of its dtype unless
     said otherwise."""
 
+    saved_bytes: int
+    """By so much the weights that were taken over have become smaller."""
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """x weightᵀ + bias; takes over weight [out, in] and bias [out]."""
 

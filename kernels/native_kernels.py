@@ -54,6 +54,7 @@ class NativeKernels:
         self._program: NativeProgram | None = None
         self.arena = Arena()
         """The memory of the packed weights."""
+        self.saved_bytes = 0
         self._torch = TorchKernels(torch.device("cpu"), dtype)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -294,7 +295,9 @@ class NativeKernels:
 
     def pack(self, weight: Tensor) -> PackedWeight:
         """A weight for the compiled product."""
-        return pack(weight, self.arena, compress=self._compress)
+        packed = pack(weight, self.arena, compress=self._compress)
+        self.saved_bytes += weight.nbytes - packed.data.nbytes
+        return packed
 
     def run_rows(self, operation: Operation, rows: int, *tensors: Tensor | None) -> None:
         """Run an operation that needs no more of a step than its number of rows, now, or record it."""

@@ -24,6 +24,7 @@ class TorchKernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._linear: type[PackedLinear | PlainLinear] = PackedLinear if can_pack(device, dtype) else PlainLinear
         self._attention = PagedAttention()
+        self.saved_bytes = 0
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""

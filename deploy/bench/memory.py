@@ -13,6 +13,8 @@ full.
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +25,11 @@ import typer
 
 from ...cluster.errors import EngineError
 from ...cluster.model_spec import load_spec
-from ...cluster.topology import ShardLayout, weight_bytes
 from .report import Column, Report, publish, run_as_program
 from .serve_process import ServeProcess
 
 MIB = 2**20
+UNITS = {"KiB": 2**10, "MiB": MIB, "GiB": 2**30}
 TARGET_MIB = 400
 """At most so much besides weights and KV cache."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -67,7 +69,6 @@ def main(
 ) -> None:
     """Measure the memory of a shard's process."""
     spec = load_spec(model)
-    weights = weight_bytes(spec, ShardLayout(), DTYPE_BYTES[dtype])
     kv_cache = kv_cache_mib * MIB
     kv_tokens = kv_cache // (2 * len(spec.layers) * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[dtype])
     prompt_len = min(max_num_batched_tokens, spec.max_position_embeddings // 2, kv_tokens // 2)
@@ -78,6 +79,7 @@ def main(
         for prompt in prompts(round(kv_tokens * TOUCH_FACTOR), prompt_len, spec.vocab_size):
             ask(server, prompt)
         loaded = read_memory(shard)
+        weights = reported_weights(line for _, line in server.lines)
     rows = [
         row("under load", loaded, loaded.resident, weights, kv_cache),
         row("peak", loaded, loaded.peak, weights, kv_cache),
@@ -92,7 +94,19 @@ def main(
     publish(Report("memory", settings, COLUMNS, rows), output)
 
 
-def row(when: str, memory: ProcessMemory, resident: int, weights: int, kv_cache: int) -> dict[str, float | str]:
+def reported_weights(lines: Iterable[str]) -> float:
+    """Bytes of the weights as the server's startup message has them: it knows how small they have become.
+
+    Raises:
+        EngineError: there is no such message.
+    """
+    for line in lines:
+        if found := re.search(r"\(weights ([\d.]+) ([KMG]iB)", line):
+            return float(found[1]) * UNITS[found[2]]
+    raise EngineError("the server printed no line with '(weights …)', the memory that its weights take")
+
+
+def row(when: str, memory: ProcessMemory, resident: int, weights: float, kv_cache: int) -> dict[str, float | str]:
     """One line of the table: `resident` bytes of a process, less what it is there for."""
     besides = resident - weights - kv_cache
     figures = {

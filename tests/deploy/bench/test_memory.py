@@ -9,7 +9,15 @@ import psutil
 import pytest
 
 from raytroupe.cluster.errors import EngineError
-from raytroupe.deploy.bench.memory import MIB, ProcessMemory, prompts, read_memory, row, shard_process
+from raytroupe.deploy.bench.memory import (
+    MIB,
+    ProcessMemory,
+    prompts,
+    read_memory,
+    reported_weights,
+    row,
+    shard_process,
+)
 
 
 def test_figures_of_the_kernel(tmp_path: Path) -> None:
@@ -53,3 +61,10 @@ def test_prompts_cover_the_cache_and_share_no_beginning() -> None:
 def test_a_server_without_a_shard_is_an_error() -> None:
     with pytest.raises(EngineError, match="0 shard processes"):
         shard_process(psutil.Process().pid)
+
+
+def test_the_size_of_the_weights_is_the_servers_own_word() -> None:
+    lines = ["demo: 2 threads", "KV cache: 256 MiB of 22.4 GiB free (weights 384.5 MiB) = 511 blocks of 16 tokens"]
+    assert reported_weights(lines) == 384.5 * MIB
+    with pytest.raises(EngineError, match="no line with"):
+        reported_weights(lines[:1])
