@@ -25,6 +25,7 @@ import typer
 
 from ...cluster.errors import EngineError
 from ...cluster.model_spec import load_spec
+from .options import JsonFile
 from .report import Column, Report, publish, run_as_program
 from .serve_process import ServeProcess
 
@@ -65,7 +66,7 @@ def main(
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="Size of the KV cache, in MiB.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=16, help="Tokens computed in one step.")] = 1024,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the memory of a shard's process."""
     spec = load_spec(model)
@@ -91,7 +92,7 @@ def main(
         "max_num_batched_tokens": max_num_batched_tokens,
         "prompt_len": prompt_len,
     }
-    publish(Report("memory", settings, COLUMNS, rows), output)
+    publish(Report("memory", settings, COLUMNS, rows), json_file)
 
 
 def reported_weights(lines: Iterable[str]) -> float:
