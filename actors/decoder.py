@@ -57,8 +57,6 @@ class Decoder:
             self._layers.append(_Layer(spec, layer, layout, weights.layers.pop(0), kernels, collectives))
         self._embedding: Linear | None = None
         self._head: Linear | None = None
-        self._logits = torch.empty(0, 0 if weights.head is None else len(weights.head), device=device)
-        """What `logits` writes to: a new tensor would be new pages in every step."""
         if weights.head is not None and weights.head is weights.embedding:
             self._embedding = self._head = kernels.tied_linear(weights.head)
         else:
@@ -155,10 +153,7 @@ class Decoder:
         assert self._final_norm is not None
         spec = self._spec
         normalised = self._kernels.rms_norm(hidden, self._final_norm, spec.norm_eps, rows=rows)
-        if len(self._logits) < len(normalised):
-            self._logits = self._logits.new_empty(len(normalised), self._logits.shape[1])
-        logits = self._head.float32(normalised, self._logits[: len(normalised)])
-        logits = self._collectives.all_gather_last_dim(logits)[:, : spec.vocab_size]
+        logits = self._collectives.all_gather_last_dim(self._head.float32(normalised))[:, : spec.vocab_size]
         if spec.logits_scale != 1.0:
             logits = logits * spec.logits_scale
         if spec.logits_softcap is not None:

@@ -18,8 +18,8 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] → y [T, out], a new tensor of x's dtype; x's rows must be contiguous."""
 
-    def float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The same in float32, in `out` if there is one."""
+    def float32(self, x: Tensor) -> Tensor:
+        """The same in float32; valid until the next call."""
 
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """hidden [T, out] += alpha * y, in place."""

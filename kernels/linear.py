@@ -18,9 +18,9 @@ class PlainLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self._bias)
 
-    def float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def float32(self, x: Tensor) -> Tensor:
         """See `interface.Linear`; rounded to x's dtype on the way."""
-        return self(x).float() if out is None else out.copy_(self(x))
+        return self(x).float()
 
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """See `interface.Linear`."""

@@ -55,6 +55,7 @@ class NativeKernels:
         self.arena = Arena()
         """The memory of the packed weights."""
         self.saved_bytes = 0
+        self._kept = torch.empty(0)
         self._torch = TorchKernels(torch.device("cpu"), dtype)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -293,10 +294,10 @@ class NativeKernels:
         """See `interface.Kernels`."""
         return NativeProgram(max_rows, self._record_to)
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        """A weight for the compiled product."""
+    def pack(self, weight: Tensor, given_bytes: int | None = None) -> PackedWeight:
+        """A weight for the compiled product; `given_bytes` of it were taken over if it has been padded since."""
         packed = pack(weight, self.arena, compress=self._compress)
-        self.saved_bytes += weight.nbytes - packed.data.nbytes
+        self.saved_bytes += (weight.nbytes if given_bytes is None else given_bytes) - packed.data.nbytes
         return packed
 
     def run_rows(self, operation: Operation, rows: int, *tensors: Tensor | None) -> None:
@@ -314,10 +315,19 @@ class NativeKernels:
 
     def temporary(self, like: Tensor, width: int, dtype: torch.dtype, *, spread: bool = False) -> Tensor:
         """[rows of `like`, width] for a result; `spread` as in `NativeProgram.temporary`."""
+        spread = spread and self._compiled_products  # torch's would make rows contiguous again
         if self._program is not None:
             return self._program.temporary(width, dtype, spread=spread)
         stride = spread_stride(width, dtype) if spread else width
         return torch.empty(len(like), stride, dtype=dtype)[:, :width]
+
+    def kept(self, like: Tensor, width: int) -> Tensor:
+        """[rows of `like`, width] float32, the same memory in every call: logits are megabytes, and a new tensor would
+        be new pages in every step."""
+        count = len(like) * width
+        if len(self._kept) < count:
+            self._kept = torch.empty(count)
+        return self._kept[:count].view(len(like), width)
 
     def _record_to(self, program: NativeProgram | None) -> None:
         self._program = program
@@ -336,11 +346,9 @@ class NativeLinear:
         self._run(x, out, Epilogue.STORE)
         return out
 
-    def float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def float32(self, x: Tensor) -> Tensor:
         """See `interface.Linear`."""
-        if out is None:
-            out = self._kernels.temporary(x, self.weight.shape[0], torch.float32)
-        assert out.shape == (len(x), self.weight.shape[0])
+        out = self._kernels.kept(x, self.weight.shape[0])
         self._run(x, out, Epilogue.STORE)
         return out
 
@@ -362,9 +370,9 @@ class LibraryLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._kernels.on_host(self._product, x, width=self._out_features)
 
-    def float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def float32(self, x: Tensor) -> Tensor:
         """See `interface.Linear`; not recorded."""
-        return self._product.float32(x, out)
+        return self._product.float32(x)
 
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """See `interface.Linear`."""
@@ -378,7 +386,7 @@ class NativeGatedLinear:
         self._kernels = kernels
         self._activation = ACTIVATIONS[activation]
         self._width = len(weight) // 2
-        self._weight = kernels.pack(interleave_gate(weight))
+        self._weight = kernels.pack(interleave_gate(weight), weight.nbytes)
         self._bias = None if bias is None else padded_bias(interleave_gate(bias))
 
     def __call__(self, x: Tensor) -> Tensor:

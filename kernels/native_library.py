@@ -277,25 +277,31 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"this processor has no instruction set {name!r}; known are {', '.join(INSTRUCTION_SETS)}")
 
 
-def compressed_places(packed: Tensor) -> Tensor:
-    """Where the groups of a packed weight would lie if it were compressed: see `compressed_weight.h`.
+def compressed_sizes(packed: Tensor) -> Tensor:
+    """What the groups of a packed weight would take if they were compressed: see `compressed_weight.h`.
 
     Args:
         packed: [groups, steps, 4, 16, 2] bfloat16, contiguous.
 
     Returns:
-        [groups + 1] int64: bytes from the beginning; the last is the size.
+        [groups] int64: bytes.
     """
     assert packed.is_contiguous()
     groups, steps = packed.shape[:2]
-    places = torch.empty(groups + 1, dtype=torch.int64)
-    _library().troupe_compressed_places(packed.data_ptr(), groups, steps, places.data_ptr(), torch.get_num_threads())
-    return places
+    sizes = torch.empty(groups, dtype=torch.int64)
+    _library().troupe_compressed_sizes(packed.data_ptr(), groups, steps, sizes.data_ptr(), torch.get_num_threads())
+    return sizes
 
 
 def compress(packed: Tensor, places: Tensor, target: Tensor) -> None:
-    """Write the compressed weight to `target` [places[-1]] uint8, which is zero and aligned to a cache line."""
-    assert len(target) == places[-1]
+    """Write the groups of a packed weight, compressed, to `target`, which is zero and aligned to a cache line.
+
+    Args:
+        packed: [groups, steps, 4, 16, 2] bfloat16, contiguous.
+        places: [groups or more] int64: where each begins in `target`, in bytes.
+        target: uint8, with room for all of them.
+    """
+    assert packed.is_contiguous()
     groups, steps = packed.shape[:2]
     pointers = (places.data_ptr(), target.data_ptr())
     _library().troupe_compress(packed.data_ptr(), groups, steps, *pointers, torch.get_num_threads())
@@ -324,8 +330,8 @@ def _library() -> ctypes.CDLL:
     library.troupe_use_instruction_set.argtypes = [ctypes.c_char_p]
     library.troupe_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     library.troupe_run.restype = ctypes.c_int
-    library.troupe_compressed_places.argtypes = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
-    library.troupe_compressed_places.restype = None
+    library.troupe_compressed_sizes.argtypes = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
+    library.troupe_compressed_sizes.restype = None
     library.troupe_compress.argtypes = [_POINTER, _INT64, _INT64, _POINTER, _POINTER, ctypes.c_int]
     library.troupe_compress.restype = None
     return library

@@ -49,6 +49,10 @@ class GuardedKernels(NativeKernels):
         self._guarded.append(guarded)
         return guarded.inside
 
+    def kept(self, like: Tensor, width: int) -> Tensor:
+        """See `NativeKernels`."""
+        return self.temporary(like, width, torch.float32)
+
     def check(self) -> None:
         """The margins are as they were."""
         assert self._guarded, "nothing was computed"

@@ -116,10 +116,13 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     };
 
     bool direct = false;
+    int lines = 0; // to fetch with every score
     if constexpr (MAY_BE_DIRECT<element>) {
         direct = count <= DIRECT_ROWS && dim % DIRECT_DIM == 0;
-        if (direct)
-            score_directly(space, tokens, blocks, first, count, dim, ahead);
+        if (direct) {
+            lines = lines_per_score(ahead, blocks, count, dim);
+            score_directly(space, tokens, blocks, first, count, dim, ahead, lines);
+        }
     }
     if (!direct) {
         for (int block = 0; block < blocks; block++) {
@@ -143,7 +146,7 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     });
     if constexpr (MAY_BE_DIRECT<element>) {
         if (direct)
-            return add_directly(count, space, tokens, value_steps, first, dim, ahead);
+            return add_directly(count, space, tokens, value_steps, first, dim, ahead, lines);
     }
     ahead.tokens(12);
     for (int step = 0; step < value_steps; step += 8) {

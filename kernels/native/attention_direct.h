@@ -31,9 +31,20 @@ INLINE __m512bh load_bfloat16(const uint16_t *values)
     return result;
 }
 
+// A score's share of the lines to fetch, so that all of them are spread over the work; a step of values has as much work
+// as VALUE_STEP of them.
+constexpr int VALUE_STEP = 4;
+
+INLINE int lines_per_score(const Fetch<uint16_t> &ahead, int blocks, int rows, int dim)
+{
+    const int steps = blocks * LANES / 2 * ((dim + 4 * LANES - 1) / (4 * LANES));
+    const int work = blocks * LANES * rows + steps * VALUE_STEP;
+    return (ahead.all() + work - 1) / work;
+}
+
 // The scores of all rows with the tile's tokens.
 INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int blocks, int first, int count,
-                           int dim, Fetch<uint16_t> &ahead)
+                           int dim, Fetch<uint16_t> &ahead, int lines)
 {
     for (int block = 0; block < blocks; block++)
         for (int row = first; row < first + count; row++) {
@@ -45,7 +56,7 @@ INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<uint16_
                 sums[i] = _mm512_setzero_ps();
                 for (int d = 0; d < dim; d += DIRECT_DIM)
                     sums[i] = _mm512_dpbf16_ps(sums[i], load_bfloat16(key + d), load_bfloat16(query + d));
-                ahead.lines(1);
+                ahead.lines(lines);
             }
             _mm512_storeu_ps(space.rows.scores + row * TILE_TOKENS + block * LANES, sums_of_all(sums));
         }
@@ -54,7 +65,7 @@ INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<uint16_
 // The sums of ROWS rows, corrected, plus their weights × the values, for the dimensions of WIDTH blocks from `from` on.
 template <int ROWS, int WIDTH>
 INLINE void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first, int from,
-                         Fetch<uint16_t> &ahead)
+                         Fetch<uint16_t> &ahead, int lines)
 {
     lanes sums[ROWS][WIDTH];
     for (int row = 0; row < ROWS; row++)
@@ -70,7 +81,7 @@ INLINE void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t>
             for (int block = 0; block < WIDTH; block++)
                 sums[row][block] = dot_pairs(sums[row][block], pairs[block], weight);
         }
-        ahead.lines(4);
+        ahead.lines(lines * VALUE_STEP);
     }
     for (int row = 0; row < ROWS; row++)
         for (int block = 0; block < WIDTH; block++)
@@ -79,23 +90,23 @@ INLINE void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t>
 
 template <int ROWS>
 static void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first, int dim,
-                         Fetch<uint16_t> &ahead)
+                         Fetch<uint16_t> &ahead, int lines)
 {
     int from = 0;
     for (; from + 4 * LANES <= dim; from += 4 * LANES)
-        add_directly<ROWS, 4>(space, tokens, steps, first, from, ahead);
+        add_directly<ROWS, 4>(space, tokens, steps, first, from, ahead, lines);
     if (from < dim)
-        add_directly<ROWS, 2>(space, tokens, steps, first, from, ahead);
+        add_directly<ROWS, 2>(space, tokens, steps, first, from, ahead, lines);
 }
 
 INLINE void add_directly(int rows, const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first,
-                         int dim, Fetch<uint16_t> &ahead)
+                         int dim, Fetch<uint16_t> &ahead, int lines)
 {
     switch (rows) {
-    case 1: return add_directly<1>(space, tokens, steps, first, dim, ahead);
-    case 2: return add_directly<2>(space, tokens, steps, first, dim, ahead);
-    case 3: return add_directly<3>(space, tokens, steps, first, dim, ahead);
-    case 4: return add_directly<4>(space, tokens, steps, first, dim, ahead);
+    case 1: return add_directly<1>(space, tokens, steps, first, dim, ahead, lines);
+    case 2: return add_directly<2>(space, tokens, steps, first, dim, ahead, lines);
+    case 3: return add_directly<3>(space, tokens, steps, first, dim, ahead, lines);
+    case 4: return add_directly<4>(space, tokens, steps, first, dim, ahead, lines);
     }
 }
 #endif

@@ -13,7 +13,7 @@ template <typename element> INLINE void finish_output(const Attention &op, eleme
     const float share = 1.0f / total;
     int d = 0;
     for (; d + LANES <= op.head_dim; d += LANES)
-        store_rounded(out + d, load_lanes(sums + d) * share);
+        store_lanes(out + d, load_lanes(sums + d) * share);
     if (d < op.head_dim)
         store_some(out + d, load_lanes(sums + d) * share, op.head_dim - d);
 }

@@ -117,19 +117,6 @@ INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const S
     rows.largest[row] = largest_of(largest);
 }
 
-// As store_lanes, but what is too small for a normal number may become 0.
-template <typename element> INLINE void store_rounded(element *target, lanes values)
-{
-#if NATIVE_BFLOAT16
-    if constexpr (sizeof(element) == 2) {
-        const __m256bh narrow = _mm512_cvtneps_pbh((__m512)values);
-        memcpy(target, &narrow, sizeof narrow);
-        return;
-    }
-#endif
-    store_lanes(target, values);
-}
-
 // The scores become weights: of what a row sees, [begin, end), relative to its largest score, and 0 elsewhere.
 template <typename packed>
 INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, const Scaling &scaling)
@@ -147,7 +134,7 @@ INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, con
             total += x;
         }
         if constexpr (sizeof(packed) == 2)
-            store_rounded(weights + i, x);
+            store_lanes(weights + i, x);
         else
             store_register(weights + i, x);
     }

@@ -53,6 +53,8 @@ template <typename element> class Fetch {
 
     void rest() { tokens(2 * TILE_TOKENS); }
 
+    int all() const { return 2 * tile_.count * per_token_; }
+
   private:
     const TokenTile<element> &tile_;
     const int bytes_, per_token_;

@@ -37,25 +37,21 @@ void compress_step(const uint16_t *numbers, int base, char *target)
 
 extern "C" {
 
-// Where every group would begin, counted from the compressed weight's first byte, and behind the last one its end.
-void troupe_compressed_places(const uint16_t *packed, int64_t groups, int64_t steps, int64_t *places, int threads)
+// The bytes of every group.
+void troupe_compressed_sizes(const uint16_t *packed, int64_t groups, int64_t steps, int64_t *sizes, int threads)
 {
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < groups; group++) {
         int64_t bytes = bases_bytes(steps);
         for (int64_t step = 0; step < steps; step++)
             bytes += base_of(packed + (group * steps + step) * BLOCKS * NUMBERS) == AS_IT_IS ? WHOLE_BYTES : COMPRESSED_BYTES;
-        places[group + 1] = bytes;
+        sizes[group] = bytes;
     }
-    places[0] = ((groups + 1) * (int64_t)sizeof(int64_t) + 63) / 64 * 64;
-    for (int64_t group = 0; group < groups; group++)
-        places[group + 1] += places[group];
 }
 
-// `places` as found by troupe_compressed_places; `target` has room up to the last of them and is zero.
+// Every group goes to its place in `target`, which is zero.
 void troupe_compress(const uint16_t *packed, int64_t groups, int64_t steps, const int64_t *places, char *target, int threads)
 {
-    memcpy(target, places, (groups + 1) * sizeof(int64_t));
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < groups; group++) {
         uint16_t *bases = (uint16_t *)(target + places[group]);

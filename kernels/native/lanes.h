@@ -50,7 +50,7 @@ template <typename element> INLINE lanes load_lanes(const element *values)
     return result;
 }
 
-// bfloat16 is rounded to nearest, ties to even.
+// bfloat16 is rounded to nearest, ties to even; what is too small for a normal number may become 0.
 template <typename element> INLINE void store_lanes(element *target, lanes values)
 {
     if constexpr (sizeof(element) == 2) {

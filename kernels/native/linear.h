@@ -244,17 +244,20 @@ INLINE const char *run_tile(int rows, const Linear &op, int64_t row, int group, 
     }
 }
 
+// A single tile fetches all lines of a step; of several tiles none fetches more than two.
 template <Reading READING, typename element>
 INLINE const char *run_tile(int lines, int rows, const Linear &op, int64_t row, int group, const Chunk &chunk,
                             const char *ahead, lanes *partial, char *unpacked)
 {
-    switch (lines) {
-    case 0: return run_tile<0, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
-    case 1: return run_tile<1, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
-    case 2: return run_tile<2, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
-    case 3: return run_tile<3, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
-    default: return run_tile<4, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
-    }
+    if constexpr (READING == COMPRESSED)
+        return run_tile<COMPRESSED_BYTES / 64, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
+    else
+        switch (lines) {
+        case 0: return run_tile<0, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
+        case 1: return run_tile<1, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
+        case 2: return run_tile<2, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
+        default: return run_tile<WHOLE_BYTES / 64, PLAIN, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
+        }
 }
 
 // `next` is what this thread reads after this stream, or null.

@@ -133,7 +133,7 @@ def test_the_number_of_threads_changes_no_bit(instruction_set, dtype, inputs, ou
             torch.set_num_threads(threads)
             hidden = torch.ones(rows, outputs, dtype=dtype)
             linear.add_to(hidden, x[:rows], 0.3)
-            results.append((linear(x[:rows]), linear.float32(x[:rows]), gated(x[:rows]), hidden))
+            results.append((linear(x[:rows]), linear.float32(x[:rows]).clone(), gated(x[:rows]), hidden))
         for result in results[1:]:
             assert all(map(torch.equal, result, results[0]))
 
@@ -151,7 +151,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(instruction_set, dtype, 
     def results(x):
         hidden = torch.ones(len(x), outputs, dtype=dtype)
         linear.add_to(hidden, x, 0.3)
-        return linear(x), linear.float32(x), gated(x), hidden
+        return linear(x), linear.float32(x).clone(), gated(x), hidden
 
     whole = results(x)
     for rows in FEW_ROWS + MANY_ROWS[:3]:
@@ -192,3 +192,13 @@ def test_rows_of_a_tied_weight_are_those_that_were_given(instruction_set, dtype,
     rows = torch.randint(0, outputs, (40,), generator=generator)
     assert torch.equal(kernels.embed(embedding, rows, 1.0), weight[rows])
     assert kernels.embed(embedding, rows[:0], 1.0).shape == (0, 31)
+
+
+def test_what_the_weights_have_shrunk_by_is_counted_with_all_that_fills_groups():
+    for compress in (False, True):
+        kernels = NativeKernels(torch.bfloat16, compress=compress)
+        given = [torch.randn(shape).bfloat16() for shape in ((100, 300), (64, 512), (150, 70))]
+        linears = [kernels.linear(given[0].clone()), kernels.tied_linear(given[1].clone())]
+        gated = kernels.gated_linear(given[2].clone(), None, "silu")
+        held = sum(linear.weight.data.nbytes for linear in linears) + gated._weight.data.nbytes
+        assert kernels.saved_bytes == sum(weight.nbytes for weight in given) - held

@@ -48,3 +48,13 @@ def test_every_group_has_both_halves_of_the_gate(width, shape):
     gates = torch.cat([group.chunk(2)[0] for group in first.split(GROUP)])
     assert torch.equal(gates[:width], torch.arange(1.0, width + 1))
     assert not gates[width:].any()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_parts_of_a_weight_make_the_same_stream_as_all_of_it(compress, generator, monkeypatch):
+    weight = (torch.randn(7 * GROUP + 5, 31, generator=generator) * 0.02).bfloat16()
+    whole = pack(weight, compress=compress)
+    monkeypatch.setattr("raytroupe.kernels.packed_weight.PART_BYTES", 2 * GROUP * 32 * 2)
+    parts = pack(weight, compress=compress)
+    assert whole.compressed == parts.compressed == compress
+    assert torch.equal(whole.data.view(torch.uint8), parts.data.view(torch.uint8))
