@@ -12,7 +12,8 @@
 //                     blocks 2 and 3        bytes swapped, are the rest
 //
 // A register of distances, as an index into a table of 16 words, gives the exponents of a block; one further instruction
-// puts sign and fraction to them. That is hidden behind the products of few rows and free beside those of many.
+// puts sign and fraction to them. With few rows that is faster than memory delivers the stream; with many the first tile of
+// rows does it for all (linear.h).
 
 constexpr uint16_t AS_IT_IS = 0xffff;
 constexpr uint16_t FRACTION_AND_SIGN = 0x807f;
