@@ -19,7 +19,7 @@ class Linear(Protocol):
         """x [T, in] → y [T, out], a new tensor of x's dtype; x's rows must be contiguous."""
 
     def float32(self, x: Tensor) -> Tensor:
-        """The same in float32; valid until the next call."""
+        """The same in float32; valid until the next such call to any product of these kernels."""
 
     def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """hidden [T, out] += alpha * y, in place."""

@@ -134,7 +134,7 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     }
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
         raise_largest(space.rows, row, begin, end, scaling);
-        ahead.lines(direct ? 8 : 0);
+        ahead.lines(direct ? SOFTMAX_LINES : 0);
     });
     for (int row = first; row < first + count; row += WIDE) {
         const register_lanes previous = load_register(space.rows.previous + row);
@@ -142,7 +142,7 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     }
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
         weigh<packed>(space.rows, row, begin, end, blocks * LANES, scaling);
-        ahead.lines(direct ? 12 : 0);
+        ahead.lines(direct ? SOFTMAX_LINES : 0);
     });
     if constexpr (MAY_BE_DIRECT<element>) {
         if (direct)

@@ -3,6 +3,7 @@
 
 constexpr int DIRECT_ROWS = 4;
 constexpr int DIRECT_DIM = 2 * LANES; // bfloat16 of a register
+constexpr int SOFTMAX_LINES = 10;     // to fetch in each of the two passes of the softmax over a row
 
 template <typename element> constexpr bool MAY_BE_DIRECT = NATIVE_BFLOAT16 && sizeof(element) == 2;
 

@@ -249,15 +249,17 @@ template <Reading READING, typename element>
 INLINE const char *run_tile(int lines, int rows, const Linear &op, int64_t row, int group, const Chunk &chunk,
                             const char *ahead, lanes *partial, char *unpacked)
 {
-    if constexpr (READING == COMPRESSED)
-        return run_tile<COMPRESSED_BYTES / 64, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
-    else
+    constexpr int all = (READING == COMPRESSED ? COMPRESSED_BYTES : WHOLE_BYTES) / 64;
+    if constexpr (READING != UNPACKING) // which is done for others only
+        if (lines == all)
+            return run_tile<all, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
+    if constexpr (READING != COMPRESSED) // which a single tile does only
         switch (lines) {
         case 0: return run_tile<0, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
         case 1: return run_tile<1, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
         case 2: return run_tile<2, READING, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
-        default: return run_tile<WHOLE_BYTES / 64, PLAIN, element>(rows, op, row, group, chunk, ahead, partial, unpacked);
         }
+    __builtin_unreachable();
 }
 
 // `next` is what this thread reads after this stream, or null.
