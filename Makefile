@@ -16,7 +16,11 @@ PYTHON ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install serve test lint format bench clean
+# The interpreter of the GPU commands, which install nothing: it has torch, triton and transformers, and what is missing
+# besides may lie on PYTHONPATH.
+GPU_PYTHON ?= python3
+
+.PHONY: help install serve test lint format bench gpu-check gpu-bench clean
 
 help:
 	@echo 'make serve    serve the embedded models   (PORT=8000  ARGS="MODEL --replicas 2 …")'
@@ -24,6 +28,8 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   rewrite the sources as make lint wants them'
 	@echo 'make bench    run every benchmark         (takes about half an hour on two idle cores)'
+	@echo 'make gpu-check gpu-bench    prove and measure the engine on a GPU, without .venv and without Ray'
+	@echo '              (GPU_PYTHON=python3  ARGS="--json FILE --only kernels"; ARGS=--tiny tries it on a CPU)'
 	@echo 'make clean    remove .venv, caches, benchmark models and results'
 
 install: $(INSTALLED)
@@ -59,6 +65,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@exec $(BIN)/python -m raytroupe.deploy.bench.suite $(ARGS)
+
+gpu-check gpu-bench: gpu-%: .typecheck/raytroupe
+	@PYTHONPATH="$(CURDIR)/.typecheck$${PYTHONPATH:+:$$PYTHONPATH}" \
+	exec $(GPU_PYTHON) -m raytroupe.deploy.bench.gpu.$* $(ARGS)
 
 clean:
 	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-models bench-results *.egg-info build dist

@@ -17,8 +17,10 @@ import asyncio
 import collections
 import contextlib
 import logging
+import queue
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -27,6 +29,9 @@ from ..cluster.errors import ShardFailed, StepFailed
 from ..cluster.messages import Endpoint
 from ..cluster.secure_socket import SecureContext
 from ..cluster.step import StepPlan, StepResult
+from .executor import Launch, Pending
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -164,42 +169,132 @@ class ChannelExecutor:
 
 
 class ShardServer:
-    """The shard's side: receives plans, runs them one after another, and reports."""
+    """The shard's side: receives plans, launches them one after another, and reports.
+
+    Where the device works on a step after it was launched, a thread waits for it and passes the result to the loop,
+    which alone uses the socket; so the next plan is launched while the one before still runs.
+    """
 
     def __init__(self, endpoint: Endpoint, rank: int, node: str) -> None:
         self._context = SecureContext()
         self._socket: zmq.Socket[Any] = self._context.connect(zmq.DEALER, endpoint, identity=_identity(rank))
         self._name = f"shard {rank} on node {node}"
+        self._encoder = msgspec.msgpack.Encoder()
+        self._expected: int | None = None  # the first plan may have any number
         self._socket.send_multipart((_HELLO, b""))
 
-    def serve(self, run: Callable[[StepPlan], StepResult | None]) -> None:
+    def serve(self, launch: Launch) -> None:
         """Run plans until the scheduler says stop; blocks.
 
         Raises:
-            StepFailed: `run` raised. The scheduler has been told; this shard's state is undefined.
+            StepFailed: a step raised. The scheduler has been told; this shard's state is undefined.
             ShardFailed: a plan is missing, as after a connection that broke and was made again. The scheduler has been
                 told.
         """
-        encoder = msgspec.msgpack.Encoder()
         decoder = msgspec.msgpack.Decoder(StepPlan)
+        waiter = _StepWaiter()
+        poller = zmq.Poller()
+        for socket in (self._socket, waiter.results):
+            poller.register(socket, zmq.POLLIN)
         try:
-            expected: int | None = None  # the first plan may have any number
-            while frame := self._socket.recv():
-                plan = decoder.decode(frame)
-                if expected is not None and plan.step != expected:
-                    cause = f"{self._name} got step {plan.step} instead of {expected}: plans were lost"
-                    logger.error("%s", cause)
-                    self._socket.send_multipart((_LOST, cause.encode()))
-                    raise ShardFailed(cause)
-                expected = plan.step + 1
-                try:
-                    result = run(plan)
-                except Exception as error:
-                    cause = f"{self._name} failed in step {plan.step}: {type(error).__name__}: {error}"
-                    logger.exception("%s", cause)
-                    self._socket.send_multipart((_FAILURE, cause.encode()))
-                    raise StepFailed(cause) from error
-                if result is not None:
-                    self._socket.send_multipart((_RESULT, encoder.encode(result)))
+            while True:
+                # A CPU's steps are never waited for, and its plans need no poll.
+                ready = dict(poller.poll()) if waiter.started else {self._socket: zmq.POLLIN}
+                if waiter.results in ready:
+                    self._report(*waiter.next())
+                if self._socket in ready:
+                    frame = self._socket.recv()
+                    if frame == _STOP:
+                        break
+                    plan = decoder.decode(frame)
+                    self._check_order(plan)
+                    launched = self._attempt(plan.step, lambda plan=plan: launch(plan))
+                    if isinstance(launched, StepResult):
+                        self._send(launched)
+                    elif launched is not None:
+                        waiter.wait_for(plan.step, launched)
         finally:
+            waiter.close()
             self._context.close()
+
+    def _check_order(self, plan: StepPlan) -> None:
+        if self._expected is not None and plan.step != self._expected:
+            cause = f"{self._name} got step {plan.step} instead of {self._expected}: plans were lost"
+            logger.error("%s", cause)
+            self._socket.send_multipart((_LOST, cause.encode()))
+            raise ShardFailed(cause)
+        self._expected = plan.step + 1
+
+    def _report(self, step: int, outcome: StepResult | Exception) -> None:
+        def result() -> StepResult:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        self._send(self._attempt(step, result))
+
+    def _send(self, result: StepResult) -> None:
+        self._socket.send_multipart((_RESULT, self._encoder.encode(result)))
+
+    def _attempt(self, step: int, function: Callable[[], T]) -> T:
+        """What `function` returns; the scheduler hears of what it raises."""
+        try:
+            return function()
+        except Exception as error:
+            cause = f"{self._name} failed in step {step}: {type(error).__name__}: {error}"
+            logger.exception("%s", cause)
+            self._socket.send_multipart((_FAILURE, cause.encode()))
+            raise StepFailed(cause) from error
+
+
+class _StepWaiter:
+    """A thread that waits for launched steps, in order, and wakes whoever polls `results`."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        address = "inproc://results"
+        self.results: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        """Readable when a step has ended."""
+        self.results.bind(address)
+        self._bell: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        self._bell.connect(address)
+        self._launched: queue.SimpleQueue[tuple[int, Pending] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[int, StepResult | Exception]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether any step has been waited for."""
+        return self._thread is not None
+
+    def wait_for(self, step: int, pending: Pending) -> None:
+        """Wait for a step after those before it."""
+        if self._thread is None:  # a CPU's steps have ended when they come back, and need none
+            self._thread = threading.Thread(target=self._run, name="results", daemon=True)
+            self._thread.start()
+        self._launched.put((step, pending))
+
+    def next(self) -> tuple[int, StepResult | Exception]:
+        """The outcome of the next step; only when `results` is readable."""
+        self.results.recv()
+        return self._outcomes.get()
+
+    def close(self) -> None:
+        """Let the steps that were launched end."""
+        if self._thread is not None:
+            self._launched.put(None)
+            self._thread.join()
+        for socket in (self._bell, self.results):
+            socket.close(linger=0)
+        self._context.term()
+
+    def _run(self) -> None:
+        while (item := self._launched.get()) is not None:
+            step, pending = item
+            outcome: StepResult | Exception
+            try:
+                outcome = pending.result()
+            except Exception as error:
+                outcome = error
+            self._outcomes.put((step, outcome))
+            self._bell.send(b"")

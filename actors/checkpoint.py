@@ -1,25 +1,37 @@
-"""Reading slices of tensors from the safetensors files of a model folder."""
+"""Where the tensors of a model folder lie in its safetensors files.
+
+Format: 8 bytes little-endian header length, a JSON header with dtype, shape and `data_offsets` of every tensor, the
+data (https://github.com/huggingface/safetensors, README, "Format").
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..cluster.checkpoint_files import read_index, weight_files
 from ..cluster.errors import CheckpointError
 from .weight_names import TensorSlice
 
-REOPEN_AFTER_BYTES = 128 * 2**20
-"""Files are mapped, and pages once read count as memory of the process until the file is closed."""
-READ_BYTES = 64 * 2**20
-"""A slice is copied in pieces of this size, which bounds the memory of a conversion to another dtype."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file, its elements in row order and without gaps."""
+
+    path: Path
+    offset: int
+    """Of the first byte, from the beginning of the file."""
+    dtype: torch.dtype
 
 
 class Checkpoint:
-    """The tensors of a model folder, by name, wherever they are stored."""
+    """The tensors of a model folder, by name, wherever they are stored. Holds no file open."""
 
     def __init__(self, folder: Path) -> None:
         """
@@ -27,76 +39,61 @@ class Checkpoint:
             CheckpointError: the folder has no safetensors files, or its index names a missing one.
         """
         self._folder = folder
-        self._handle: Any = None
-        self._handle_file: Path | None = None
-        self._bytes_read = 0
-        self._file_of = self._find_tensors()
+        self._headers: dict[Path, _Header] = {}
+        index = read_index(folder)
+        if index is None:
+            index = {name: path for path in weight_files(folder) for name in self._header(path).entries}
+        self._file_of = index
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def copy(self, piece: TensorSlice, target: Tensor) -> None:
-        """Copy a slice into `target`, of the slice's shape, converting to its dtype and device.
+    def locate(self, piece: TensorSlice) -> StoredTensor:
+        """Where the tensor lies of which `piece` is a part.
 
         Raises:
-            CheckpointError: the tensor is missing, has another shape or is not floating-point.
+            CheckpointError: the tensor is missing, has another shape or is not floating-point, or its file is
+                incomplete.
         """
-        source = self._open(piece)
-        step = max(1, READ_BYTES // (max(1, piece.num_columns or 1) * 4))
-        for start in range(0, piece.num_rows, step):
-            stop = min(start + step, piece.num_rows)
-            rows = slice(piece.rows.start + start, piece.rows.start + stop)
-            try:
-                part = source[rows] if piece.columns is None else source[rows, piece.columns]
-            except SafetensorError as error:
-                raise CheckpointError(f"{self._handle_file}: cannot read {piece.name}: {error}") from None
-            target[start:stop].copy_(part)
-            self._bytes_read += part.numel() * part.element_size()
-            if self._bytes_read > REOPEN_AFTER_BYTES and stop < piece.num_rows:
-                del part
-                self.close()
-                source = self._open(piece)
-        if self._bytes_read > REOPEN_AFTER_BYTES:
-            self.close()
-
-    def close(self) -> None:
-        """Give the mapped memory back."""
-        self._handle = self._handle_file = None
-        self._bytes_read = 0
-
-    def _open(self, piece: TensorSlice) -> Any:
-        """The lazy slice object of the piece's tensor, its shape checked."""
         path = self._file_of.get(piece.name)
         if path is None:
             raise CheckpointError(f"{self._folder}: tensor {piece.name} is missing from the checkpoint")
-        if path != self._handle_file:
-            self.close()
-            self._handle, self._handle_file = _open_file(path), path
-        try:
-            source = self._handle.get_slice(piece.name)
-        except SafetensorError:
-            raise CheckpointError(f"{path}: tensor {piece.name} is missing, though the index names this file") from None
-        found = tuple(source.get_shape())
-        if found != piece.shape:
+        header = self._header(path)
+        entry = header.entries.get(piece.name)
+        if entry is None:
+            raise CheckpointError(f"{path}: tensor {piece.name} is missing, though the index names this file")
+        if tuple(entry["shape"]) != piece.shape:
             raise CheckpointError(
-                f"{path}: tensor {piece.name} has shape {list(found)}, but config.json implies {list(piece.shape)}"
+                f"{path}: tensor {piece.name} has shape {entry['shape']}, but config.json implies {list(piece.shape)}"
             )
-        if source.get_dtype() not in ("F32", "BF16", "F16", "F64"):
+        if entry["dtype"] not in _DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {piece.name} has dtype {source.get_dtype()}; quantised checkpoints are not supported"
+                f"{path}: tensor {piece.name} has dtype {entry['dtype']}; quantised checkpoints are not supported"
             )
-        return source
+        return StoredTensor(path, header.data_start + entry["data_offsets"][0], _DTYPES[entry["dtype"]])
 
-    def _find_tensors(self) -> dict[str, Path]:
-        index = read_index(self._folder)
-        if index is not None:
-            return index
-        files = weight_files(self._folder)
-        return {name: path for path in files for name in _open_file(path).keys()}  # noqa: SIM118 (not a dict)
+    def _header(self, path: Path) -> _Header:
+        if path not in self._headers:
+            self._headers[path] = _read_header(path)
+        return self._headers[path]
 
 
-def _open_file(path: Path) -> Any:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Header:
+    entries: dict[str, dict]
+    """By tensor: `dtype`, `shape` and `data_offsets`."""
+    data_start: int
+    """Bytes from the beginning of the file to what `data_offsets` count from."""
+
+
+def _read_header(path: Path) -> _Header:
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt"):  # checks the whole header against the file's size
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
+    entries.pop("__metadata__", None)
+    return _Header(entries, 8 + length)

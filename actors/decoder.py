@@ -12,6 +12,7 @@ there is no batch dimension and no padding.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from ..cluster.topology import ShardLayout
 from ..kernels.attention_metadata import AttentionMetadata
 from ..kernels.interface import Kernels, Linear, Plan, Program, Rotation
 from ..kernels.linear import PlainLinear
-from ..kernels.moe import route, run_experts
 from ..kernels.norm import scale_by_rms, sum_of_squares
 from .collectives import Collectives
 from .kv_cache import KVCache
@@ -132,9 +132,11 @@ class Decoder:
 
     def _run_layers(self, hidden: Tensor, rotations: list[Rotation], plan: Plan, kv_cache: KVCache) -> None:
         """Add all layers' contributions to `hidden` in place."""
-        for index, layer in enumerate(self._layers):
-            self._kernels.begin_layer()
-            layer.forward(hidden, rotations[layer.rope], plan, *kv_cache.layer(index))
+        self._kernels.begin_layer()
+        x = self._layers[0].normalise(hidden)
+        for index, (layer, following) in enumerate(itertools.pairwise((*self._layers, None))):
+            assert layer is not None
+            x = layer.forward(hidden, x, rotations[layer.rope], plan, *kv_cache.layer(index), following)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -208,34 +210,73 @@ class _Layer:
         else:
             self._mlp = _MoE(weights.mlp, spec, kernels)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, plan: Plan, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Add this layer's contribution to `hidden` [T, hidden] in place."""
-        x = self._norm(hidden, self._input_norm)
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """This layer's input [T, hidden], from the hidden states."""
+        return self._norm(hidden, self._input_norm)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        x: Tensor,
+        rotation: Rotation,
+        plan: Plan,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        following: _Layer | None,
+    ) -> Tensor:
+        """Add this layer's contribution to `hidden` [T, hidden] in place.
+
+        Args:
+            x: as `normalise` gives it.
+            following: the next layer of this stage.
+
+        Returns:
+            The input of the following layer: additions and the norms behind them are one kernel where that is faster.
+        """
         attended = self._attention.forward(x, rotation, plan, k_cache, v_cache)
-        self._project(hidden, self._attention.output, attended, self._attention_output_norm)
-        x = self._norm(hidden, self._mlp_input_norm)
+        x = self._project(hidden, self._attention.output, attended, self._attention_output_norm, self._mlp_input_norm)
+        next_norm = following._input_norm if following is not None else None
         if isinstance(self._mlp, _MLP):
-            self._project(hidden, self._mlp.down, self._mlp.forward(x), self._mlp_output_norm)
-        else:
-            self._add(hidden, self._kernels.on_host(self._mlp.forward, x), self._mlp_output_norm)
+            gated = self._mlp.forward(x)
+            return self._project(hidden, self._mlp.down, gated, self._mlp_output_norm, next_norm, last=True)
+        mixed = self._kernels.on_host(self._mlp.forward, x)
+        return self._add(hidden, mixed, self._mlp_output_norm, next_norm, last=True)
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else self._kernels.rms_norm(x, weight, self._eps)
 
-    def _project(self, hidden: Tensor, linear: Linear, x: Tensor, norm: Tensor | None) -> None:
-        """Add the product of a block's last weight; at once where nothing comes in between."""
+    def _project(
+        self,
+        hidden: Tensor,
+        linear: Linear,
+        x: Tensor,
+        norm: Tensor | None,
+        next_norm: Tensor | None,
+        *,
+        last: bool = False,
+    ) -> Tensor:
+        """Add the product of a block's last weight, at once where nothing comes in between; the input of what follows."""
         if norm is None and not self._sharded:
             linear.add_to(hidden, x, self._residual_scale)
-        else:
-            self._add(hidden, linear(x), norm)
+            if last:
+                self._kernels.begin_layer()
+            return self._norm(hidden, next_norm)
+        return self._add(hidden, linear(x), norm, next_norm, last=last)
 
-    def _add(self, hidden: Tensor, partial: Tensor, norm: Tensor | None) -> None:
+    def _add(
+        self, hidden: Tensor, partial: Tensor, norm: Tensor | None, next_norm: Tensor | None, *, last: bool = False
+    ) -> Tensor:
         kernels = self._kernels
         if self._sharded:
             partial = kernels.on_host(self._collectives.all_reduce, partial, in_place=True)
         if norm is not None:
             partial = kernels.rms_norm(partial, norm, self._eps, in_place=True)
+        if last:
+            kernels.begin_layer()
+        if next_norm is not None:
+            return kernels.add_norm(hidden, partial, self._residual_scale, next_norm, self._eps)
         kernels.add_(hidden, partial, self._residual_scale)
+        return hidden
 
 
 class _Attention:
@@ -335,8 +376,8 @@ class _MoE:
         assert spec.moe is not None
         self._moe = spec.moe
         self._router = kernels.linear(weights.router)
-        self._gated = [kernels.gated_linear(expert, None, spec.activation) for expert in weights.gate_up]
-        self._down = [kernels.linear(expert) for expert in weights.down]
+        self._experts = kernels.experts(weights.gate_up, weights.down, spec.activation)
+        self._route = kernels.route
         self._shared: _MLP | None = None
         self._shared_gate: Linear | None = None
         if weights.shared is not None and weights.shared_gate is not None:
@@ -345,8 +386,8 @@ class _MoE:
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden], to be summed over shards. Routing is the same on every shard, since x is."""
-        weights, ids = route(self._router(x), self._moe.experts_per_token, self._moe.normalize_weights)
-        out = run_experts(x, weights, ids, self._gated, self._down)
+        weights, ids = self._route(self._router(x), self._moe.experts_per_token, self._moe.normalize_weights)
+        out = self._experts(x, weights, ids)
         if self._shared is not None and self._shared_gate is not None:
             out.addcmul_(torch.sigmoid(self._shared_gate(x)), self._shared.down(self._shared.forward(x)))
         return out

@@ -35,20 +35,38 @@ class Executor(Protocol):
         """Stop the shards; may be called twice."""
 
 
+class Pending(Protocol):
+    """A step that has been launched and not awaited."""
+
+    def result(self) -> StepResult:
+        """Wait for it; called in the order of the launches, from one thread, which need not be the launching one."""
+
+
+Launch = Callable[[StepPlan], StepResult | Pending | None]
+"""Starts a step. What comes back is its result if it is done already, as on a CPU; what to wait for, as on a GPU; or
+None on a shard that reports nothing."""
+
+
 class LocalExecutor:
     """`Executor` over one shard in this process, which runs in a thread of its own.
 
-    torch leaves the interpreter lock while it computes, so the event loop goes on meanwhile.
+    torch leaves the interpreter lock while it computes, so the event loop goes on meanwhile. A second thread waits for
+    steps that are under way, so that the next is launched behind them at once.
     """
 
-    def __init__(self, run: Callable[[StepPlan], StepResult | None]) -> None:
-        """`run` is the `run` of a shard that is its replica's only one, so that it returns every result."""
-        self._run = run
-        self._queue: queue.SimpleQueue[tuple[StepPlan, Future[StepResult]] | None] = queue.SimpleQueue()
+    def __init__(self, launch: Launch) -> None:
+        """`launch` is that of a shard that is its replica's only one, so that it returns every result."""
+        self._launch = launch
+        self._plans: queue.SimpleQueue[tuple[StepPlan, Future[StepResult]] | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[tuple[int, Pending, Future[StepResult]] | None] = queue.SimpleQueue()
         self._pending: collections.deque[Future[StepResult]] = collections.deque()
         self._failure: ShardFailed | None = None
-        self._thread = threading.Thread(target=self._serve, name="shard", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._launch_plans, name="shard", daemon=True),
+            threading.Thread(target=self._await_steps, name="results", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, plan: StepPlan) -> None:
         """See `Executor`."""
@@ -56,7 +74,7 @@ class LocalExecutor:
             raise self._failure
         future: Future[StepResult] = Future()
         self._pending.append(future)
-        self._queue.put((plan, future))
+        self._plans.put((plan, future))
 
     async def result(self) -> StepResult:
         """See `Executor`. A cancelled call loses nothing: the next one returns what it waited for."""
@@ -66,24 +84,41 @@ class LocalExecutor:
         return result
 
     def close(self) -> None:
-        """Let the plan that runs end, drop those that wait, and end the thread."""
+        """Let the steps that were launched end, drop the plans that wait, and end the threads."""
         if self._failure is None:
             self._failure = ShardFailed("the local shard is closed")
-        self._queue.put(None)
-        self._thread.join()
+        self._plans.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _serve(self) -> None:
-        while (item := self._queue.get()) is not None:
+    def _launch_plans(self) -> None:
+        while (item := self._plans.get()) is not None:
             plan, future = item
             if self._failure is not None:
                 future.set_exception(self._failure)
                 continue
             try:
-                result = self._run(plan)
-                assert result is not None, "a shard that is alone reports every step"
-                future.set_result(result)
+                launched = self._launch(plan)
+                assert launched is not None, "a shard that is alone reports every step"
             except Exception as error:
-                failure = StepFailed(f"the local shard failed in step {plan.step}: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                self._failure = failure
-                future.set_exception(failure)
+                self._fail(plan.step, error, future)
+                continue
+            if isinstance(launched, StepResult):
+                future.set_result(launched)
+            else:
+                self._launched.put((plan.step, launched, future))
+        self._launched.put(None)
+
+    def _await_steps(self) -> None:
+        while (item := self._launched.get()) is not None:
+            step, pending, future = item
+            try:
+                future.set_result(pending.result())
+            except Exception as error:
+                self._fail(step, error, future)
+
+    def _fail(self, step: int, error: Exception, future: Future[StepResult]) -> None:
+        failure = StepFailed(f"the local shard failed in step {step}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        self._failure = failure
+        future.set_exception(failure)

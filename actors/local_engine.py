@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from ..cluster.kv_memory import KVMemory, plan_kv_memory
 from ..cluster.model_spec import load_spec
 from ..cluster.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs, TokenOutput
 from ..cluster.scheduler import Scheduler, SchedulerConfig
+from ..cluster.startup import IMPORTS, StartupClock, describe_startup
 from ..cluster.step import StepResult
 from ..cluster.topology import ShardLayout, kv_bytes_per_block
 from .engine_loop import EngineLoop
@@ -53,6 +55,7 @@ class LocalEngine:
     """
 
     def __init__(self, model: str | Path, *, num_blocks: int | None = None, **fields: Any) -> None:
+        began = time.perf_counter()
         config = load_config({"models": [{"model": str(model), **fields}]}).models[0]
         if config.shards_per_replica * config.replicas > 1:
             raise ConfigError(
@@ -64,8 +67,10 @@ class LocalEngine:
         layout = ShardLayout()
         plan = plan_this_node(shards=1, num_threads=config.num_threads, alone=True)
         logger.info("%s: %s", config.name, plan.explain(None))
-        import_torch(plan)
-        from .shard import Shard  # with torch, which reads what OpenMP is told but once
+        clock = StartupClock()
+        with clock.phase(IMPORTS):
+            import_torch(plan)
+            from .shard import Shard  # with torch, which reads what OpenMP is told but once
 
         self.shard = Shard(
             ShardConfig(
@@ -73,27 +78,32 @@ class LocalEngine:
                 layout=layout,
                 dtype=config.dtype,
                 device=config.device,
+                load_format=config.load_format,
                 block_size=config.block_size,
                 max_num_seqs=config.max_num_seqs,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 num_threads=plan.threads,
-            )
+            ),
+            clock,
         )
         self.shard.connect()
         self.shard.load()
         self.memory: KVMemory | None = None
         if num_blocks is None:
             self.memory = plan_kv_memory(
-                self.shard.memory(),
+                [self.shard.memory()],
                 bytes_per_block=kv_bytes_per_block(spec, layout, config.block_size, self.shard.dtype.itemsize),
                 block_size=config.block_size,
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_num_seqs,
+                gpu_memory_utilization=config.gpu_memory_utilization,
                 kv_cache_memory=config.kv_cache_memory,
             )
             num_blocks = self.memory.num_blocks
+            logger.info("%s: %s", config.name, self.memory.reasoning)
         self.shard.allocate(num_blocks)
+        logger.info("%s: %s", config.name, describe_startup(clock.seconds, time.perf_counter() - began))
         self.scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=num_blocks,
@@ -107,7 +117,7 @@ class LocalEngine:
         )
         self.observe: Callable[[StepResult], None] | None = None
         """Called with the result of every step, after the scheduler has taken it in."""
-        self._executor = LocalExecutor(self.shard.run)
+        self._executor = LocalExecutor(self.shard.launch)
         self._requests = 0
 
     def generate(

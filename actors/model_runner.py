@@ -7,21 +7,24 @@ plan ─▶ slot table ─▶ inputs ─▶ forward (this stage's layers) ─▶
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
 from torch import Tensor
 
 from ..cluster.model_spec import ModelSpec
-from ..cluster.request import SamplingParams, TokenLogprobs
-from ..cluster.step import NULL_BLOCK, NewSequence, StepPlan, StepResult
+from ..cluster.step import StepPlan, StepResult
 from ..cluster.topology import ShardLayout
 from ..kernels.sampling import SampledTokens, sample
 from .collectives import Collectives
 from .decoder import Decoder
 from .kv_cache import KVCache
+from .profile_step import largest_step
 from .slot_table import SlotTable
 from .step_inputs import PreparedStep, SampledRows, StepInputs
+from .step_reports import token_logprobs
+from .warm_up import warm_up_steps
 
 
 class ModelRunner:
@@ -49,11 +52,23 @@ class ModelRunner:
         self._layout = layout
         self._collectives = collectives
         self._device, self._dtype = device, dtype
+        self._largest_step = functools.partial(
+            largest_step,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            vocab_size=spec.vocab_size,
+        )
         decoder.record(kv_cache, max_num_batched_tokens)
         self._table = SlotTable(max_num_seqs, max_model_len, block_size, spec.vocab_size)
         self._inputs = StepInputs(
             self._table, block_size=block_size, max_num_batched_tokens=max_num_batched_tokens, device=device
         )
+
+    def launch(self, plan: StepPlan) -> StepResult | None:
+        """As `DeviceRunner.launch`; here nothing is left to be done afterwards."""
+        return self.run(plan)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
@@ -69,19 +84,20 @@ class ModelRunner:
         end = time.perf_counter()
         if not self._layout.is_output:
             return None
-        return StepResult(plan.step, sampled.tokens, _reported(sampled), end - model_begin, end - begin)
+        return StepResult(plan.step, sampled.tokens, token_logprobs(sampled.logprobs), end - model_begin, end - begin)
 
     def warm_up(self) -> None:
         """Run a prompt and a decode step, so that the first request finds every code path loaded.
 
-        All shards of a replica must do so together. It writes the null block only and leaves no other trace. The decode
-        step samples the token after the prompt's first, which has room in the shortest `max_model_len`, 2.
+        All shards of a replica must do so together. It writes the null block only and leaves no other trace.
         """
-        sampling = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=1, max_tokens=2)
-        self.run(
-            StepPlan(-2, [NewSequence(0, [0, 0], 1, sampling)], [0], [0], [2], [False], 0, [(0, [NULL_BLOCK])], [])
-        )
-        self.run(StepPlan(-1, [], [0], [0], [1], [True], 1, [], []))
+        for plan in warm_up_steps():
+            self.run(plan)
+        self._table.clear()
+
+    def profile(self) -> None:
+        """Run the largest step there can be; for measuring its memory."""
+        self.run(self._largest_step())
         self._table.clear()
 
     def _forward(self, step: PreparedStep) -> Tensor:
@@ -106,9 +122,3 @@ class ModelRunner:
         sampled = sample(logits, batch, self._decoder.argmax)
         self._table.record(rows.slots, rows.lengths, sampled.tokens)
         return sampled
-
-
-def _reported(sampled: SampledTokens) -> list[TokenLogprobs | None] | None:
-    if sampled.logprobs is None:
-        return None
-    return [None if entry is None else TokenLogprobs(*entry) for entry in sampled.logprobs]

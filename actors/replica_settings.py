@@ -21,11 +21,14 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     """"auto", which every shard resolves for its device, "float32", "bfloat16" or "float16"."""
     device: str
     """"cpu" or "cuda"."""
+    load_format: str
+    """"auto" or "dummy"."""
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_waiting: int
     block_size: int
+    gpu_memory_utilization: float
     kv_cache_memory: int | None
     enable_prefix_caching: bool
     num_threads: int | None

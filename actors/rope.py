@@ -26,6 +26,7 @@ class Rotary:
     def __init__(self, spec: RopeSpec, max_model_len: int, device: torch.device) -> None:
         self._spec = spec
         self._inv_freq = inverse_frequencies(spec, max_model_len).to(device)
+        self._exponents = exponents(spec).to(device)
 
     @property
     def depends_on_positions(self) -> bool:
@@ -36,7 +37,7 @@ class Rotary:
         """Cosines and sines of positions [T] int64, as `Kernels.rotation` says."""
         inv_freq = self._inv_freq
         if self.depends_on_positions:
-            inv_freq = dynamic_frequencies(self._spec, positions + 1)
+            inv_freq = dynamic_frequencies(self._spec, positions + 1, self._exponents)
         return kernels.rotation(positions, inv_freq, self._spec.attention_factor, out)
 
 
@@ -44,8 +45,8 @@ def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> Tensor:
     """[rotary_dim / 2] float32: radians per position; for type dynamic within the original context."""
     if spec.rope_type == "longrope":
         factors = spec.long_factor if max_model_len > spec.original_max_position else spec.short_factor
-        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * spec.theta ** _exponents(spec))
-    frequencies = 1.0 / spec.theta ** _exponents(spec)
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * spec.theta ** exponents(spec))
+    frequencies = 1.0 / spec.theta ** exponents(spec)
     if spec.rope_type == "linear":
         return frequencies / spec.factor
     if spec.rope_type == "llama3":
@@ -55,11 +56,12 @@ def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> Tensor:
     return frequencies
 
 
-def dynamic_frequencies(spec: RopeSpec, lengths: Tensor) -> Tensor:
+def dynamic_frequencies(spec: RopeSpec, lengths: Tensor, exponents: Tensor) -> Tensor:
     """Dynamic NTK: the base grows with the sequence.
 
     Args:
         lengths: [T] sequence lengths in tokens.
+        exponents: [rotary_dim / 2] float32, of the base; on the device of `lengths`.
 
     Returns:
         [T, rotary_dim / 2] float32.
@@ -67,10 +69,11 @@ def dynamic_frequencies(spec: RopeSpec, lengths: Tensor) -> Tensor:
     growth = lengths.clamp(min=spec.original_max_position).double() / spec.original_max_position
     exponent = spec.rotary_dim / (spec.rotary_dim - 2)
     base = spec.theta * (spec.factor * growth - (spec.factor - 1)) ** exponent
-    return 1.0 / base.float()[:, None] ** _exponents(spec).to(lengths.device)
+    return 1.0 / base.float()[:, None] ** exponents
 
 
-def _exponents(spec: RopeSpec) -> Tensor:
+def exponents(spec: RopeSpec) -> Tensor:
+    """[rotary_dim / 2] float32: of the base, for every pair of dimensions."""
     return torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cluster.request import SamplingParams
+from ..kernels.gpu.sampling_batch import DeviceBatch, PenalisedRows
 from ..kernels.logit_adjustments import LogitAdjustments, Penalties
 from ..kernels.philox import uniforms
 from ..kernels.sampling import SamplingBatch
@@ -92,43 +93,85 @@ class SamplingTable:
             adjustments=self._adjustments(rows, slots, lengths, tokens),
         )
 
+    def device_batch(self, slots: NDArray[np.int64], lengths: NDArray[np.int64]) -> DeviceBatch | None:
+        """The same for a sampler on the device, where the tokens are; reads none.
+
+        Args:
+            slots: [S].
+            lengths: [S] known tokens of each, which is the position of the sampled token.
+
+        Returns:
+            None if all rows are greedy, report nothing and adjust nothing.
+        """
+        rows = self._rows[slots]
+        if rows["default"].all():
+            return None
+        bias_rows, bias_tokens, bias_values, masked_rows, masked_tokens = self._edits(rows, slots, lengths)
+        return DeviceBatch(
+            temperature=rows["temperature"],
+            top_p=rows["top_p"],
+            top_k=rows["top_k"],
+            min_p=rows["min_p"],
+            seed=rows["seed"],
+            position=lengths,
+            logprobs=rows["logprobs"],
+            bias_rows=bias_rows,
+            bias_tokens=bias_tokens,
+            bias_values=bias_values,
+            masked_rows=masked_rows,
+            masked_tokens=masked_tokens,
+            penalties=_penalised(rows, slots, lengths),
+        )
+
     def _adjustments(
         self, rows: NDArray, slots: NDArray[np.int64], lengths: NDArray[np.int64], tokens: NDArray[np.int32]
     ) -> LogitAdjustments | None:
-        penalised = np.flatnonzero(rows["penalised"])
-        edited = np.flatnonzero(rows["edited"])
-        if not penalised.size and not edited.size:
+        if not rows["penalised"].any() and not rows["edited"].any():
             return None
+        penalised = _penalised(rows, slots, lengths)
+        return LogitAdjustments(
+            *self._edits(rows, slots, lengths),
+            penalties=None if penalised is None else _with_tokens(penalised, tokens),
+        )
+
+    def _edits(
+        self, rows: NDArray, slots: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """Rows, tokens and values of the biases; rows and tokens of what is masked."""
+        edited = np.flatnonzero(rows["edited"])
         generated = lengths - rows["prompt_len"]
         masked = edited[generated[edited] < rows["min_tokens"][edited]]
         bias_rows, bias_tokens = _flatten(edited, [self._bias_tokens[slot] for slot in slots[edited]])
+        bias_values = np.concatenate([_NO_VALUES, *(self._bias_values[slot] for slot in slots[edited])])
         masked_rows, masked_tokens = _flatten(masked, [self._stop_tokens[slot] for slot in slots[masked]])
-        return LogitAdjustments(
-            bias_rows=bias_rows,
-            bias_tokens=bias_tokens,
-            bias_values=np.concatenate([_NO_VALUES, *(self._bias_values[slot] for slot in slots[edited])]),
-            masked_rows=masked_rows,
-            masked_tokens=masked_tokens,
-            penalties=_penalties(rows, penalised, slots, lengths, tokens) if penalised.size else None,
-        )
+        return bias_rows, bias_tokens, bias_values, masked_rows, masked_tokens
 
 
-def _penalties(
-    rows: NDArray,
-    penalised: NDArray[np.int64],
-    slots: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    tokens: NDArray[np.int32],
-) -> Penalties:
-    chosen, lengths = rows[penalised], lengths[penalised]
-    return Penalties(
+def _penalised(rows: NDArray, slots: NDArray[np.int64], lengths: NDArray[np.int64]) -> PenalisedRows | None:
+    penalised = np.flatnonzero(rows["penalised"])
+    if not penalised.size:
+        return None
+    chosen = rows[penalised]
+    return PenalisedRows(
         rows=penalised,
-        tokens=tokens[slots[penalised], : int(lengths.max())],
-        lengths=lengths,
+        slots=slots[penalised],
+        lengths=lengths[penalised],
         prompt_lens=chosen["prompt_len"],
         repetition=np.ascontiguousarray(chosen["repetition"]),
         presence=np.ascontiguousarray(chosen["presence"]),
         frequency=np.ascontiguousarray(chosen["frequency"]),
+    )
+
+
+def _with_tokens(penalised: PenalisedRows, tokens: NDArray[np.int32]) -> Penalties:
+    return Penalties(
+        rows=penalised.rows,
+        tokens=tokens[penalised.slots, : int(penalised.lengths.max())],
+        lengths=penalised.lengths,
+        prompt_lens=penalised.prompt_lens,
+        repetition=penalised.repetition,
+        presence=penalised.presence,
+        frequency=penalised.frequency,
     )
 
 

@@ -20,6 +20,7 @@ from ..cluster.kv_memory import KVMemory, plan_kv_memory
 from ..cluster.messages import GenerateCall
 from ..cluster.request import TokenOutput
 from ..cluster.scheduler import Scheduler, SchedulerConfig
+from ..cluster.startup import describe_startup
 from ..cluster.step import StepResult
 from .control_calls import ControlCalls
 from .engine_loop import EngineLoop
@@ -46,6 +47,7 @@ class SchedulerReplica:
     """Serves one model with one group of shards."""
 
     async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        began = time.monotonic()
         self._settings = settings
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._reporter = Reporter(settings.listener, settings.name, self._replica)
@@ -61,7 +63,7 @@ class SchedulerReplica:
         assert group is not None, "the deployment has placement group bundles"
         self._shards = ShardGroup(settings, self._replica, group)
         try:
-            memory = await self._prepare_shards()
+            memory = await self._prepare_shards(began)
             self._executor = await self._shards.serve(self._on_shard_death)
         except Exception as error:
             self._reporter.start_failed(error)
@@ -109,24 +111,27 @@ class SchedulerReplica:
 
     # --- start ----------------------------------------------------------------------------------------------------
 
-    async def _prepare_shards(self) -> KVMemory:
-        """Load the weights and allocate the KV cache; the size that was decided."""
+    async def _prepare_shards(self, began: float) -> KVMemory:
+        """Load the weights and allocate the KV cache; the size that was decided. What the start took is reported from
+        `began` on, by `time.monotonic()`."""
         settings = self._settings
         reports = await self._shards.load()
         memory = plan_kv_memory(
-            min((report.memory for report in reports), key=lambda memory: memory.free),
+            [report.memory for report in reports],
             bytes_per_block=max(report.kv_block_bytes for report in reports),
             block_size=settings.block_size,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
             shards_on_device=settings.shards_per_node if settings.device == "cpu" else 1,
             kv_cache_memory=settings.kv_cache_memory,
         )
-        await self._shards.allocate(memory.num_blocks)
+        seconds = await self._shards.allocate(memory.num_blocks)
         self._reporter.notice(memory.reasoning)
         self._reporter.notice(f"{len(reports)} {settings.device} shard(s) in {reports[0].dtype}")
         for line in describe_cpus([report.cpus for report in reports]):
             self._reporter.notice(line)
+        self._reporter.notice(describe_startup(seconds, time.monotonic() - began))
         return memory
 
     def _start_engine(self, memory: KVMemory) -> None:

@@ -22,6 +22,7 @@ import ray
 from ..cluster.cpu_affinity import CpuClaims, keep_off_shards, pin_thread, plan_this_node
 from ..cluster.kv_memory import DeviceMemory
 from ..cluster.messages import Endpoint
+from ..cluster.startup import IMPORTS, StartupClock
 from ..cluster.topology import ShardLayout, kv_bytes_per_block
 from . import openmp
 from .channel import ShardServer
@@ -48,7 +49,7 @@ class ShardPlace(msgspec.Struct, frozen=True):
 
 
 class ShardReport(msgspec.Struct, frozen=True):
-    """What a shard says when it has loaded its weights."""
+    """What a shard says when all have loaded their weights."""
 
     memory: DeviceMemory
     dtype: str
@@ -65,6 +66,7 @@ class ShardActor:
         self._settings = settings
         self._layout = layout
         self._claims = CpuClaims()
+        self._clock = StartupClock()
         self._plan = plan_this_node(shards=settings.shards_per_node, num_threads=settings.num_threads)
         os.environ.update(openmp.environment(self._plan))
         self._cpus = self._take_cpus() if settings.device == "cpu" else None
@@ -73,7 +75,7 @@ class ShardActor:
         self._shard: Shard | None = None
         self._listener: socket.socket | None = None
         self._place = ShardPlace(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
-        self._thread.submit(importlib.import_module, ".shard", __package__)  # torch loads while the group is formed
+        self._thread.submit(self._import_torch)  # while the group is formed
 
     def __repr__(self) -> str:
         return f"Shard({self._settings.name}, rank {self._layout.rank})"
@@ -95,20 +97,33 @@ class ShardActor:
 
         return await self._in_thread(open_socket)
 
-    async def load(self, rendezvous: str) -> ShardReport:
+    async def load(self, rendezvous: str) -> None:
         """Meet the other shards at `rendezvous`, what rank 0's `listen` gave (empty without any), and load this one's
         weights.
 
         Raises:
             CheckpointError: the model folder cannot be loaded.
         """
-        return await self._in_thread(lambda: self._load(rendezvous))
+        await self._in_thread(lambda: self._load(rendezvous))
 
-    async def allocate(self, num_blocks: int) -> None:
-        """Allocate the KV cache."""
+    async def report(self) -> ShardReport:
+        """What this shard has and needs; to be asked of all shards together, when all have loaded.
+
+        Raises:
+            ConfigError: a step does not fit the device.
+        """
+        return await self._in_thread(self._report)
+
+    async def allocate(self, num_blocks: int) -> dict[str, float]:
+        """Allocate the KV cache; the seconds of every phase of the start (`cluster/startup.py`).
+
+        Raises:
+            ConfigError: the cache does not fit the device.
+        """
         assert self._shard is not None, "load first"
         shard = self._shard
         await self._in_thread(lambda: shard.allocate(num_blocks))
+        return self._clock.seconds
 
     async def serve(self, endpoint: Endpoint) -> None:
         """Connect to the scheduler and run its plans; ends when the scheduler says so.
@@ -119,9 +134,13 @@ class ShardActor:
         assert self._shard is not None, "load first"
         shard = self._shard
         server = ShardServer(endpoint, self._layout.rank, self._place.address)
-        await self._in_thread(lambda: server.serve(shard.run))
+        await self._in_thread(lambda: server.serve(shard.launch))
 
-    def _load(self, rendezvous: str) -> ShardReport:
+    def _import_torch(self) -> None:
+        with self._clock.phase(IMPORTS):
+            importlib.import_module(".shard", __package__)
+
+    def _load(self, rendezvous: str) -> None:
         from .shard import Shard
 
         settings = self._settings
@@ -130,6 +149,7 @@ class ShardActor:
             layout=self._layout,
             dtype=settings.dtype,
             device=settings.device,
+            load_format=settings.load_format,
             block_size=settings.block_size,
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
@@ -138,13 +158,16 @@ class ShardActor:
             init_method=rendezvous,
             listen_fd=self._listener.detach() if self._listener is not None else None,
         )
-        self._shard = Shard(config)
+        self._shard = Shard(config, self._clock)
         self._shard.connect()
         self._shard.load(lambda done, total: self._reporter.progress(self._layout.rank, done, total))
-        dtype = self._shard.dtype
-        block_bytes = kv_bytes_per_block(self._shard.spec, self._layout, settings.block_size, dtype.itemsize)
+
+    def _report(self) -> ShardReport:
+        assert self._shard is not None, "load first"
+        shard, settings = self._shard, self._settings
+        block_bytes = kv_bytes_per_block(shard.spec, self._layout, settings.block_size, shard.dtype.itemsize)
         cpus = self._plan.explain(self._cpus) if settings.device == "cpu" else None
-        return ShardReport(self._shard.memory(), str(dtype).removeprefix("torch."), block_bytes, cpus)
+        return ShardReport(shard.memory(), str(shard.dtype).removeprefix("torch."), block_bytes, cpus)
 
     def _take_cpus(self) -> tuple[int, ...] | None:
         """CPUs for the thread that owns the model and for those that it starts; Ray's threads go elsewhere."""

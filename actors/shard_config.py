@@ -19,6 +19,8 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True):
     """"auto" (`actors/device.py`) or one of `model_spec.DTYPES`."""
     device: str = "auto"
     """"auto", "cpu" or "cuda"."""
+    load_format: str = "auto"
+    """"auto": the folder's safetensors; "dummy": random weights (`actors/dummy_weights.py`)."""
     block_size: int = 16
     max_num_seqs: int = 64
     max_model_len: int = 2048

@@ -1,13 +1,14 @@
 """The shard actors of one replica: created in its placement group, brought up together, watched for death.
 
 ```
-place ─▶ load (rendezvous, weights) ─▶ allocate (KV cache) ─▶ serve (connected to the scheduler until the end)
+place ─▶ load (rendezvous, weights) ─▶ report (memory) ─▶ allocate (KV cache) ─▶ serve (until the end)
 ```
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..cluster.cpu_topology import format_cpus
 from ..cluster.errors import ShardFailed
+from ..cluster.startup import PROCESS, slowest
 from ..cluster.topology import all_layouts
 from .channel import DEATH_SECONDS, ChannelExecutor
 from .placement import shard_bundle
@@ -32,6 +34,8 @@ class ShardGroup:
 
     def __init__(self, settings: ReplicaSettings, replica: str, group: PlacementGroup) -> None:
         """Create the actors in bundles 1, 2, … of `group`; they start in the background."""
+        self._began = time.perf_counter()
+        self._process_seconds = 0.0
         self._places: list[ShardPlace] = []
         self._watches: list[asyncio.Task[None]] = []
         bundle = shard_bundle("cuda" if settings.device == "cuda" else "cpu")
@@ -47,13 +51,15 @@ class ShardGroup:
         ]
 
     async def load(self) -> list[ShardReport]:
-        """Load all weights; what every shard reports, in rank order.
+        """Load all weights; what every shard reports, in rank order, after all have loaded.
 
         Raises:
             CheckpointError: the model folder cannot be loaded.
+            ConfigError: the weights or a step do not fit a device.
             ShardFailed: a shard's process died.
         """
         self._places = await self._all(lambda actor: actor.place.remote())
+        self._process_seconds = time.perf_counter() - self._began
         first = self._places[0]
         together = all(place.node_id == first.node_id for place in self._places)
         rendezvous = ""
@@ -61,11 +67,18 @@ class ShardGroup:
             [rendezvous] = await self._all(
                 lambda actor: actor.listen.remote(LOOPBACK if together else first.address), self._actors[:1]
             )
-        return await self._all(lambda actor: actor.load.remote(rendezvous))
+        await self._all(lambda actor: actor.load.remote(rendezvous))
+        return await self._all(lambda actor: actor.report.remote())
 
-    async def allocate(self, num_blocks: int) -> None:
-        """Allocate the KV cache on every shard."""
-        await self._all(lambda actor: actor.allocate.remote(num_blocks))
+    async def allocate(self, num_blocks: int) -> dict[str, float]:
+        """Allocate the KV cache on every shard; the seconds of the start's phases, each on the slowest shard.
+
+        Raises:
+            ConfigError: the cache does not fit a device.
+            ShardFailed: a shard's process died.
+        """
+        shards = await self._all(lambda actor: actor.allocate.remote(num_blocks))
+        return slowest([{PROCESS: self._process_seconds}, *shards])
 
     async def serve(self, on_death: Callable[[ShardFailed], None]) -> ChannelExecutor:
         """Connect all shards to a new executor. `on_death` is called, after the executor has failed, at most once."""

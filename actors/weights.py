@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +13,9 @@ from ..cluster.families import NormPlacement
 from ..cluster.model_spec import ModelSpec
 from ..cluster.topology import ShardLayout
 from .checkpoint import Checkpoint
+from .dummy_weights import fill_randomly
 from .weight_names import TensorSlice, WeightNames
+from .weight_reader import plan_reads, read_weights
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,38 +82,58 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    load_format: str = "auto",
 ) -> Weights:
-    """Read this shard's slice of a checkpoint.
+    """Read this shard's slice of a checkpoint; it is on the device on return.
 
     Args:
-        progress: called with (bytes done, bytes in all), as they will lie in memory, after every tensor.
+        progress: called with (bytes done, bytes in all), as they will lie in memory, whenever a part has been read.
+        load_format: "auto", or "dummy" for random weights; then nothing is read and `progress` is not called.
 
     Raises:
         CheckpointError: names the file or the tensor that is missing, damaged or of the wrong shape.
     """
-    with contextlib.closing(Checkpoint(folder)) as checkpoint:
-        naming = spec.naming
-        prefix = next((p for p in naming.prefixes if f"{p}embed_tokens.weight" in checkpoint), naming.prefixes[0])
-        head = next((name for name in naming.heads if name in checkpoint), naming.heads[0])
-        allocator = _Allocator(spec, layout, WeightNames(spec, layout, prefix, head), dtype, device)
-        weights = allocator.weights()
-        total = sum(target.numel() * target.element_size() for target, _, _ in allocator.pending)
-        done = 0
-        for target, slices, offset in allocator.pending:
-            _fill(target, slices, checkpoint)
-            if offset:
-                target += offset
-            done += target.numel() * target.element_size()
-            if progress is not None:
-                progress(done, total)
+    if load_format == "dummy":
+        return dummy_weights(spec, layout, dtype, device)
+    checkpoint, naming = Checkpoint(folder), spec.naming
+    prefix = next((p for p in naming.prefixes if f"{p}embed_tokens.weight" in checkpoint), naming.prefixes[0])
+    head = next((name for name in naming.heads if name in checkpoint), naming.heads[0])
+    allocator = _Allocator(spec, layout, WeightNames(spec, layout, prefix, head), dtype, device)
+    weights = allocator.weights()
+    places = [place for target, slices, _ in allocator.pending for place in _stack(target, slices)]
+    total = sum(target.nbytes for target, _, _ in allocator.pending)
+    done = total - sum(place.nbytes for _, place in places)  # padding is there already
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    read_weights(plan_reads(places, checkpoint), device, advance)
+    for target, _, offset in allocator.pending:
+        if offset:
+            target += offset
     return weights
 
 
-def _fill(target: Tensor, slices: list[TensorSlice], checkpoint: Checkpoint) -> None:
-    """Stack the slices in `target`; rows beyond them (padding of the vocabulary) become zero."""
+def dummy_weights(spec: ModelSpec, layout: ShardLayout, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Random weights of this shard's shapes, made on the device (`actors/dummy_weights.py`)."""
+    names = WeightNames(spec, layout, spec.naming.prefixes[0], spec.naming.heads[0])
+    allocator = _Allocator(spec, layout, names, dtype, device)
+    weights = allocator.weights()
+    for target, slices, _ in allocator.pending:
+        fill_randomly(target, slices)
+    return weights
+
+
+def _stack(target: Tensor, slices: list[TensorSlice]) -> Iterator[tuple[TensorSlice, Tensor]]:
+    """Every slice and its rows of `target`, one below the other; those that are left (padding of the vocabulary) become
+    zero."""
     start = 0
     for piece in slices:
-        checkpoint.copy(piece, target[start : start + piece.num_rows])
+        yield piece, target[start : start + piece.num_rows]
         start += piece.num_rows
     target[start:].zero_()
 

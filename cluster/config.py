@@ -62,6 +62,8 @@ class ModelConfig(_Strict):
     pipeline_parallel_size: int = Field(1, ge=1, le=64)
     replicas: int = Field(1, ge=1, le=1024)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    """Where weights come from; "dummy": random ones of the right shapes, so that config.json suffices."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt and output together; default: the model's context."""
     max_num_seqs: int = Field(64, ge=1, le=4096)
@@ -71,6 +73,8 @@ class ModelConfig(_Strict):
     max_num_waiting: int = Field(1024, ge=1)
     """Requests that may wait; one more is refused with 429."""
     block_size: int = Field(16, ge=4, le=256)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Part of a GPU's memory that may be in use in the end, weights, a step and KV cache together."""
     kv_cache_memory: Bytes | None = None
     """Bytes per shard; default: what is left on the device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -59,11 +59,18 @@ def serve(
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Replicas of each model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    load_format: Annotated[
+        str | None, typer.Option(help="auto, or dummy: random weights, for measuring without a checkpoint.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step.")] = None,
     max_num_waiting: Annotated[int | None, typer.Option(help="Requests that may wait; one more gets a 429.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(help="Part of a GPU's memory that may be in use, above 0 and at most 1. Default: 0.9."),
+    ] = None,
     kv_cache_memory: Annotated[
         str | None, typer.Option(help="Per shard, such as 2GiB. Default: what is left on the device.")
     ] = None,
@@ -84,11 +91,13 @@ def serve(
         "pipeline_parallel_size": pipeline_parallel_size,
         "replicas": replicas,
         "dtype": dtype,
+        "load_format": load_format,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_num_waiting": max_num_waiting,
         "block_size": block_size,
+        "gpu_memory_utilization": gpu_memory_utilization,
         "kv_cache_memory": kv_cache_memory,
         "device": device,
         "num_threads": num_threads,

@@ -41,8 +41,9 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
     """
     folders = [find_model_folder(model.model) for model in models]
     specs = [load_spec(folder) for folder in folders]
-    for folder in folders:
-        check_weight_files(folder)
+    for model, folder in zip(models, folders, strict=True):
+        if model.load_format != "dummy":
+            check_weight_files(folder)
     for model, spec in zip(models, specs, strict=True):
         check_topology(spec, model.tensor_parallel_size, model.pipeline_parallel_size)
     devices = [resolve_device(model, capacity) for model in models]
@@ -58,11 +59,13 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
             pipeline_parallel_size=model.pipeline_parallel_size,
             dtype=model.dtype,
             device=device,
+            load_format=model.load_format,
             max_model_len=_max_model_len(model, spec),
             max_num_seqs=model.max_num_seqs,
             max_num_batched_tokens=model.max_num_batched_tokens,
             max_num_waiting=model.max_num_waiting,
             block_size=model.block_size,
+            gpu_memory_utilization=model.gpu_memory_utilization,
             kv_cache_memory=model.kv_cache_memory,
             enable_prefix_caching=model.enable_prefix_caching,
             num_threads=model.num_threads,
@@ -115,7 +118,7 @@ def _check_kv_memory(settings: ReplicaSettings, spec: ModelSpec, dtype_bytes: in
     else:
         return
     plan_kv_memory(
-        device,
+        [device],
         bytes_per_block=max(kv_bytes_per_block(spec, layout, settings.block_size, dtype_bytes) for layout in layouts),
         block_size=settings.block_size,
         max_model_len=settings.max_model_len,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -35,3 +36,6 @@ class AttentionMetadata:
     """Query tokens per row."""
     contexts: list[int]
     """`context_lens` on the host."""
+    work: Any = None
+    """What the kernels asked to be uploaded with the step (`gpu/paged_attention.py`: `StepWork`), where its rows are
+    those of `block_tables` that the work names; None: they upload it themselves."""

@@ -25,6 +25,9 @@ class Linear(Protocol):
         """hidden [T, out] += alpha * y, in place."""
 
 
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x [T, hidden], weights and ids [T, experts per token] → the weighted sum of each token's experts, a new tensor."""
+
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the step's positions, each [T, rotary_dim / 2] float32."""
 
@@ -41,6 +44,8 @@ class Kernels(Protocol):
 
     saved_bytes: int
     """By so much the weights that were taken over have become smaller."""
+    steps_on_device: bool
+    """Whether steps are launched ahead of their results (`actors/device_runner.py`)."""
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """x weightᵀ + bias; takes over weight [out, in] and bias [out]."""
@@ -54,6 +59,27 @@ class Kernels(Protocol):
         Args:
             weight: [2 * width, in], gate first; taken over like `bias` [2 * width].
             activation: "silu", "gelu" (exact) or "gelu_tanh" (tanh approximation).
+        """
+
+    def route(self, logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """The experts of every token and their weights.
+
+        Args:
+            logits: [T, num_experts].
+            normalize: scale a token's weights to sum to 1.
+
+        Returns:
+            weights [T, experts_per_token] float32, from a softmax over all experts, the largest first; ids of the same
+            shape, integers.
+        """
+
+    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+        """The gated MLPs of a mixture of experts, which take tokens and what `route` says about them.
+
+        Args:
+            gate_up: [num_experts, 2 * width, hidden], gate first; taken over like `down`.
+            down: [num_experts, hidden, width].
+            activation: as for `gated_linear`.
         """
 
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -92,6 +118,9 @@ class Kernels(Protocol):
     def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """hidden [T, width] += alpha * x, in place."""
 
+    def add_norm(self, hidden: Tensor, x: Tensor, alpha: float, weight: Tensor, eps: float) -> Tensor:
+        """`add_`, and then the `rms_norm` of `hidden` as a new tensor; x may be a temporary of the layer before."""
+
     def rotate_and_store(
         self,
         qkv: Tensor,
@@ -102,6 +131,7 @@ class Kernels(Protocol):
         *,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Normalise and rotate queries and keys, and write the step's keys and values to their slots.
 
@@ -110,12 +140,14 @@ class Kernels(Protocol):
         next.
 
         Args:
-            qkv: [T, heads + 2 * kv_heads, head_dim], contiguous; overwritten.
+            qkv: [T, heads + 2 * kv_heads, head_dim], contiguous; may be overwritten.
             k_cache, v_cache: [kv_heads, num_blocks, block_size, head_dim], written in place.
             norms: RMS norms of a head's queries and keys, each [head_dim] float32; None: there are none.
+            scales: of a cache of 8 bits (`quantised_kv.py`), for keys and for values, each [kv_heads, num_blocks,
+                block_size] float32, written in place; None: the cache is of the kernels' dtype.
 
         Returns:
-            The queries, [T, heads, head_dim], a view of qkv.
+            The queries, [T, heads, head_dim]; perhaps a view of qkv.
         """
 
     def plan(self, metadata: AttentionMetadata, block_size: int, tokens: Tensor | None = None) -> Plan:
@@ -135,6 +167,7 @@ class Kernels(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """softmax(softcap(scale * Q Kᵀ) + mask) V for every row; the softmax is float32.
 
@@ -142,6 +175,7 @@ class Kernels(Protocol):
             query: [T, heads, head_dim]; a row's heads lie together.
             window: a token sees this many tokens, itself included; None: all before it.
             softcap: scores become softcap * tanh(score / softcap).
+            scales: as `rotate_and_store` wrote them.
 
         Returns:
             [T, heads * head_dim], a new tensor.

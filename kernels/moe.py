@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .interface import Kernels
+
 
 def route(logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """The experts of every token and their weights.
@@ -55,3 +57,14 @@ def run_experts(
         start += count
     results *= weights.flatten()[order, None].to(x.dtype)
     return torch.zeros_like(x).index_add_(0, tokens, results)
+
+
+class ProductsOfExperts:
+    """The experts of a layer, each with its own two products; see `interface.Kernels.experts`."""
+
+    def __init__(self, kernels: Kernels, gate_up: Tensor, down: Tensor, activation: str) -> None:
+        self._gated = [kernels.gated_linear(expert, None, activation) for expert in gate_up]
+        self._down = [kernels.linear(expert) for expert in down]
+
+    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return run_experts(x, weights, ids, self._gated, self._down)

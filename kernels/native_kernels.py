@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import moe
 from .attention_metadata import AttentionMetadata
 from .huge_pages import Arena
-from .interface import Linear, Plan, Rotation
+from .interface import Experts, Linear, Plan, Rotation
 from .linear import PlainLinear
 from .native_library import (
     ACTIVATIONS,
@@ -37,6 +38,8 @@ from .torch_kernels import TorchKernels
 
 class NativeKernels:
     """See `interface.Kernels`; float32 or bfloat16 on CPUs."""
+
+    steps_on_device = False
 
     def __init__(
         self, dtype: torch.dtype = torch.float32, *, compiled_products: bool = True, compress: bool | None = None
@@ -93,6 +96,14 @@ class NativeKernels:
         )
         self._emit(operation, self._step(len(x)), x, out)
         return out
+
+    def route(self, logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """See `interface.Kernels`."""
+        return moe.route(logits, experts_per_token, normalize)
+
+    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+        """See `interface.Kernels`."""
+        return moe.ProductsOfExperts(self, gate_up, down, activation)
 
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
@@ -189,6 +200,11 @@ class NativeKernels:
         )
         self._emit(operation, self._step(len(x)), x, hidden)
 
+    def add_norm(self, hidden: Tensor, x: Tensor, alpha: float, weight: Tensor, eps: float) -> Tensor:
+        """See `interface.Kernels`."""
+        self.add_(hidden, x, alpha)
+        return self.rms_norm(hidden, weight, eps)
+
     def rotate_and_store(
         self,
         qkv: Tensor,
@@ -199,8 +215,10 @@ class NativeKernels:
         *,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """See `interface.Kernels`."""
+        assert scales is None, "the compiled kernels have no cache of 8 bits"
         kv_heads, num_blocks, block_size, head_dim = k_cache.shape
         heads = qkv.shape[1] - 2 * kv_heads
         cos, sin = rotation
@@ -246,8 +264,10 @@ class NativeKernels:
         scale: float,
         window: int | None,
         softcap: float | None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """See `interface.Kernels`."""
+        assert scales is None, "the compiled kernels have no cache of 8 bits"
         _, heads, head_dim = query.shape
         kv_heads, num_blocks, block_size, _ = k_cache.shape
         assert query.stride()[1:] == (head_dim, 1)

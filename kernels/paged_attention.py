@@ -15,21 +15,39 @@ from torch.nn import functional
 
 from .attention_metadata import AttentionMetadata
 from .attention_plan import AttentionPlan, DecodeBucket, PrefillRow
+from .quantised_kv import quantise
 
 
-def store_kv(keys: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    keys: Tensor,
+    values: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Write a step's keys and values to their slots.
 
     Args:
         keys, values: [T, kv_heads, head_dim].
         k_cache, v_cache: [kv_heads, num_blocks, block_size, head_dim], written in place.
         slot_mapping: [T] int64: block id * block size + offset.
+        scales: of keys and of values in a cache of 8 bits, each [kv_heads, num_blocks, block_size] float32.
 
     NaN and infinity are stored as finite numbers: a block goes from one sequence to another and pads rows that are
     not its own, where its content is masked but multiplied. So what breaks one request cannot reach the next.
     """
-    k_cache.flatten(1, 2).index_copy_(1, slot_mapping, torch.nan_to_num(keys).transpose(0, 1))
-    v_cache.flatten(1, 2).index_copy_(1, slot_mapping, torch.nan_to_num(values).transpose(0, 1))
+    for index, (heads, cache) in enumerate(((keys, k_cache), (values, v_cache))):
+        finite = torch.nan_to_num(heads).transpose(0, 1)
+        if scales is not None:
+            finite, scale = quantise(finite, cache.dtype)
+            scales[index].flatten(1).index_copy_(1, slot_mapping, scale)
+        _bits(cache).flatten(1, 2).index_copy_(1, slot_mapping, _bits(finite))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers if torch cannot index its dtype."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 class PagedAttention:

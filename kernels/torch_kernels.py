@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import moe
 from .activation import gated_activation
 from .attention_metadata import AttentionMetadata
 from .attention_plan import AttentionPlan
-from .interface import Linear, Plan, Program, Rotation
+from .interface import Experts, Linear, Plan, Program, Rotation
 from .linear import PackedLinear, PlainLinear, can_pack
 from .norm import rms_norm
 from .paged_attention import PagedAttention, store_kv
+from .quantised_kv import dequantise
 from .rotary import rotate_
 
 
 class TorchKernels:
     """See `interface.Kernels`. Not shared between decoders: attention has a workspace."""
+
+    steps_on_device = False
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._linear: type[PackedLinear | PlainLinear] = PackedLinear if can_pack(device, dtype) else PlainLinear
@@ -38,6 +42,14 @@ class TorchKernels:
         """See `interface.Kernels`."""
         linear = self._linear(weight, bias)
         return lambda x: gated_activation(linear(x), activation)
+
+    def route(self, logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """See `interface.Kernels`."""
+        return moe.route(logits, experts_per_token, normalize)
+
+    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+        """See `interface.Kernels`."""
+        return moe.ProductsOfExperts(self, gate_up, down, activation)
 
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
@@ -68,6 +80,11 @@ class TorchKernels:
         """See `interface.Kernels`."""
         hidden.add_(x, alpha=alpha)
 
+    def add_norm(self, hidden: Tensor, x: Tensor, alpha: float, weight: Tensor, eps: float) -> Tensor:
+        """See `interface.Kernels`."""
+        self.add_(hidden, x, alpha)
+        return self.rms_norm(hidden, weight, eps)
+
     def rotate_and_store(
         self,
         qkv: Tensor,
@@ -78,6 +95,7 @@ class TorchKernels:
         *,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """See `interface.Kernels`."""
         kv_heads = len(k_cache)
@@ -87,7 +105,7 @@ class TorchKernels:
             query.copy_(rms_norm(query, norms[0], eps))
             keys.copy_(rms_norm(keys, norms[1], eps))
         rotate_(qkv[:, : heads + kv_heads], *rotation)
-        store_kv(keys, values, k_cache, v_cache, plan.metadata.slot_mapping)
+        store_kv(keys, values, k_cache, v_cache, plan.metadata.slot_mapping, scales)
         return query
 
     def argmax(self, logits: Tensor) -> Tensor:
@@ -108,9 +126,13 @@ class TorchKernels:
         scale: float,
         window: int | None,
         softcap: float | None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """See `interface.Kernels`."""
+        """See `interface.Kernels`. A cache of 8 bits is expanded as a whole: this says what is meant, and no more."""
         assert isinstance(plan, AttentionPlan)
+        if scales is not None:
+            k_cache = dequantise(k_cache, scales[0], query.dtype)
+            v_cache = dequantise(v_cache, scales[1], query.dtype)
         return self._attention(query, k_cache, v_cache, plan, scale=scale, window=window, softcap=softcap).flatten(1)
 
     def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:

@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before ray is imported: `troupe serve` starts Ray with token authentication, and the tests look into that cluster.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+# Before triton is imported: without a GPU its kernels run under the interpreter.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -18,14 +18,15 @@ from raytroupe.cluster.model_spec import load_spec
 from raytroupe.cluster.topology import ShardLayout
 from raytroupe.kernels import native_library
 from raytroupe.kernels.attention_metadata import AttentionMetadata
+from raytroupe.kernels.gpu.triton_kernels import TritonKernels
 from raytroupe.kernels.interface import Kernels
 from raytroupe.kernels.native_kernels import NativeKernels
 from raytroupe.kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
-WAYS = ("torch", "native", "recorded", "recorded around the library's products")
-"""How a decoder's layers can run: in torch, in compiled kernels one by one, or in these as one program, which may
-leave the products to torch."""
+WAYS = ("torch", "native", "recorded", "recorded around the library's products", "triton")
+"""How a decoder's layers can run: in torch, in compiled kernels one by one, in these as one program, which may leave
+the products to torch, or in the kernels for GPUs."""
 MAX_TOKENS = 160
 """Of a step of a recorded decoder."""
 
@@ -34,6 +35,8 @@ def kernels_for(way: str, dtype: torch.dtype) -> Kernels:
     """Fresh kernels for one of `WAYS`; skips the test if they were not compiled."""
     if way == "torch":
         return TorchKernels(CPU, dtype)
+    if way == "triton":
+        return TritonKernels(CPU, dtype)
     if not native_library.is_built():
         pytest.skip("the kernels were not compiled: there was no C++ compiler at installation")
     return NativeKernels(dtype, compiled_products="library" not in way)

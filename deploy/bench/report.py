@@ -21,7 +21,7 @@ from rich.table import Table
 from ... import __version__
 from ...cluster.errors import TroupeError
 
-LIBRARIES = ("ray", "torch", "transformers", "pyzmq", "numpy")
+LIBRARIES = ("ray", "torch", "triton", "transformers", "pyzmq", "numpy")
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -97,12 +97,20 @@ def environment() -> dict[str, Any]:
     return {
         "troupe": __version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        **{name: version for name in LIBRARIES if (version := installed_version(name))},
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def installed_version(library: str) -> str | None:
+    """Of a library; None if it is not there."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

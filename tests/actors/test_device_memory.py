@@ -1,12 +1,11 @@
-"""Free memory under control groups of both versions, and on this machine."""
+"""Free memory under control groups of both versions, on this machine, and of a GPU around a step."""
 
 import psutil
 import pytest
-import torch
+from fake_gpu import FakeGpu, GiB
 
-from raytroupe.actors.device_memory import container_memory, measure
-
-GiB = 2**30
+from raytroupe.actors.device_memory import container_memory, measure_node, measure_step
+from raytroupe.cluster.kv_memory import CUDA_RESERVE
 
 
 def write_group(folder, **files):
@@ -46,6 +45,43 @@ def test_no_limit_is_no_limit(tmp_path, text):
 
 
 def test_this_machine_has_no_more_free_memory_than_it_has():
-    memory = measure(torch.device("cpu"), weight_bytes=123)
+    memory = measure_node(weight_bytes=123)
     assert (memory.device, memory.weights) == ("cpu", 123)
     assert 0 < memory.free <= memory.total <= psutil.virtual_memory().total
+
+
+def test_a_step_takes_its_peak_and_what_libraries_keep():
+    gpu = FakeGpu(libraries=2 * GiB, tensors=15 * GiB, cached=3 * GiB)
+
+    def step() -> None:
+        gpu.take(4 * GiB, libraries=GiB)  # a communicator is made
+        gpu.drop(3 * GiB)
+        gpu.take(GiB)
+        gpu.drop(2 * GiB)
+
+    memory = measure_step(gpu, step, weight_bytes=14 * GiB)
+    assert (memory.device, memory.total, memory.weights) == ("cuda", 80 * GiB, 14 * GiB)
+    assert memory.free == (80 - 2 - 15) * GiB  # what loading left in the allocator has been given back
+    assert memory.step == 5 * GiB
+    assert memory.reserve == CUDA_RESERVE
+    assert gpu.cached == 0  # and so the cache finds all that is not used
+    assert gpu.read().free == memory.free - GiB
+
+
+def test_what_a_step_keeps_is_not_counted_twice():
+    """A workspace that stays: with a cache of `usable` bytes and the same step again, exactly the reserve is left."""
+    gpu = FakeGpu(libraries=GiB, tensors=10 * GiB, cached=0)
+    memory = measure_step(gpu, lambda: gpu.take(2 * GiB), weight_bytes=10 * GiB)
+    gpu.take(memory.usable(1.0))
+    assert gpu.read().free == CUDA_RESERVE
+
+
+def test_memory_that_another_process_gives_back_meanwhile_is_not_counted_on():
+    gpu = FakeGpu(libraries=9 * GiB, tensors=GiB, cached=0)
+
+    def step() -> None:
+        gpu.take(GiB, libraries=-5 * GiB)
+        gpu.drop(GiB)
+
+    memory = measure_step(gpu, step, weight_bytes=GiB)
+    assert (memory.free, memory.step) == (70 * GiB, GiB)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from raytroupe.actors.rope import Rotary, dynamic_frequencies, inverse_frequencies
+from raytroupe.actors.rope import Rotary, dynamic_frequencies, exponents, inverse_frequencies
 from raytroupe.cluster.rope_spec import parse_rope
 from raytroupe.kernels.backend import load_kernels
 
@@ -84,7 +84,7 @@ def test_dynamic_frequencies_are_those_of_a_sequence_that_ends_at_the_token():
     )
     spec = parse_rope(parameters, head_dim=HEAD_DIM, max_position=256)
     lengths = [1, 255, 256, 257, 300, 1000]
-    ours = dynamic_frequencies(spec, torch.tensor(lengths))
+    ours = dynamic_frequencies(spec, torch.tensor(lengths), exponents(spec))
     for length, frequencies in zip(lengths, ours, strict=True):
         expected, _ = reference(config, seq_len=length)
         torch.testing.assert_close(frequencies, expected, rtol=1e-5, atol=0)

@@ -1,5 +1,6 @@
 """Loading: every broken folder is one line that names the file or tensor; shards read their slices and no more."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,11 +10,15 @@ import pytest
 import torch
 from paged_batch import CPU
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB_SIZE, make_tiny_model
+from tiny_models import FAMILIES, VOCAB_SIZE, make_tiny_model
 
+from raytroupe.actors.local_engine import LocalEngine
+from raytroupe.actors.staging import NUM_BUFFERS
+from raytroupe.actors.weight_reader import CACHE_BYTES
 from raytroupe.actors.weights import load_weights
 from raytroupe.cluster.errors import CheckpointError
 from raytroupe.cluster.model_spec import load_spec
+from raytroupe.cluster.request import SamplingParams
 from raytroupe.cluster.topology import ShardLayout
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -213,14 +218,62 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_loading_needs_little_more_memory_than_the_slice(tmp_path):
-    """An 80 MB float32 file, of which each of two shards keeps a quarter: half the weights in half the bytes."""
+    """A 170 MB float32 file, of which each of two shards keeps a quarter: half the weights in half the bytes."""
     folder = make_tiny_model(
-        "llama", tmp_path, hidden_size=1024, intermediate_size=1024, num_hidden_layers=5, head_dim=16
+        "llama", tmp_path, hidden_size=1024, intermediate_size=1024, num_hidden_layers=10, head_dim=16
     )
     slice_bytes = (folder / "model.safetensors").stat().st_size / 4
-    mapped = 2**23
-    script = f"import raytroupe.actors.checkpoint as c; c.REOPEN_AFTER_BYTES = {mapped}\n{PEAK}"
+    buffers = 2 * (NUM_BUFFERS + 1) * CACHE_BYTES
     output = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", PEAK, str(folder)], capture_output=True, text=True, check=True, timeout=120
     )
-    assert int(output.stdout) < 1.1 * slice_bytes + 3 * mapped
+    assert int(output.stdout) < 1.1 * slice_bytes + buffers
+
+
+def flatten(weights, layer: int) -> dict:
+    """Every tensor of a layer, by name."""
+    fields = dataclasses.asdict(weights.layers[layer])
+    mlp = fields.pop("mlp")
+    return {name: tensor for name, tensor in (fields | mlp).items() if isinstance(tensor, torch.Tensor)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dummy_weights_have_the_checkpoints_shapes_and_need_no_checkpoint(tmp_path, family):
+    folder = make_tiny_model(family, tmp_path / "model")
+    real = load(folder)
+    (folder / "model.safetensors").unlink()
+    dummy = load(folder, load_format="dummy")
+    for layer in range(len(real.layers)):
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in flatten(dummy, layer).items()}
+        assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in flatten(real, layer).items()}
+    assert dummy.embedding.shape == real.embedding.shape
+    assert (dummy.head is dummy.embedding) == (real.head is real.embedding)
+    assert dummy.final_norm.eq(1.0).all()
+
+
+def test_dummy_weights_are_normal_the_same_every_time_and_of_the_asked_dtype(folder):
+    spec = load_spec(folder)
+    first, second = (load(folder, load_format="dummy") for _ in range(2))
+    assert torch.equal(first.layers[1].qkv, second.layers[1].qkv)
+    assert not torch.equal(first.layers[1].qkv, first.layers[2].qkv)
+    assert first.embedding.mean().abs().item() < 0.002
+    assert 0.018 < first.embedding.std().item() < 0.022
+    halves = load_weights(folder, spec, ShardLayout(), torch.bfloat16, CPU, load_format="dummy")
+    assert halves.layers[1].qkv.dtype == torch.bfloat16
+    assert halves.layers[1].input_norm.dtype == torch.float32
+
+
+def test_dummy_weights_that_several_shards_hold_are_the_same_on_all(tmp_path):
+    folder = make_tiny_model("mixtral", tmp_path)
+    first, second = (load(folder, ShardLayout(tp_rank=rank, tp_size=2), load_format="dummy") for rank in range(2))
+    assert torch.equal(first.layers[0].mlp.router, second.layers[0].mlp.router)
+    assert not torch.equal(first.layers[0].output, second.layers[0].output)
+    assert not second.head[65].any()
+
+
+def test_an_engine_over_dummy_weights_answers(folder):
+    (folder / "model.safetensors").unlink()
+    with LocalEngine(folder, dtype="float32", device="cpu", num_threads=1, load_format="dummy") as engine:
+        answers = [engine.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=8))[0] for _ in range(2)]
+    assert answers[0].tokens == answers[1].tokens
+    assert len(set(answers[0].tokens)) > 1

@@ -45,7 +45,8 @@ def allowed_cell(field: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "exclusiveMinimum" in field or "gt" in field:
-        return f"more than {field.get('exclusiveMinimum', field.get('gt'))}"
+        least = f"more than {field.get('exclusiveMinimum', field.get('gt'))}"
+        return f"{least}, at most {field['maximum']:g}" if "maximum" in field else least
     if "maximum" in field:
         return f"{field['minimum']} – {field['maximum']}"
     if "minimum" in field:

@@ -11,6 +11,7 @@ from paged_batch import BlockTables
 
 from raytroupe.kernels import attention_plan, native_library
 from raytroupe.kernels.attention_plan import cut_into_buckets
+from raytroupe.kernels.gpu.triton_kernels import TritonKernels
 from raytroupe.kernels.native_kernels import NativeKernels
 from raytroupe.kernels.paged_attention import store_kv
 from raytroupe.kernels.torch_kernels import TorchKernels
@@ -19,11 +20,13 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 10, 8
 SCALE = 0.37
 
 
-@pytest.fixture(params=["torch", "native"], autouse=True)
+@pytest.fixture(params=["torch", "native", "triton"], autouse=True)
 def kernels(request, monkeypatch):
-    """Every test runs with both implementations."""
+    """Every test runs with all implementations."""
     if request.param == "torch":
         kernels = TorchKernels(torch.device("cpu"), torch.float32)
+    elif request.param == "triton":
+        kernels = TritonKernels(torch.device("cpu"), torch.float32)
     elif native_library.is_built():
         kernels = NativeKernels()
     else:

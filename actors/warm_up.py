@@ -1,0 +1,22 @@
+"""Steps that load every code path before the first request comes."""
+
+from __future__ import annotations
+
+from ..cluster.request import SamplingParams
+from ..cluster.step import NULL_BLOCK, NewSequence, StepPlan
+
+EVERY_OPTION = SamplingParams(
+    temperature=1.0, top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}, logprobs=1, max_tokens=2
+)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=2)
+
+
+def warm_up_steps() -> list[StepPlan]:
+    """A prompt and a decode step with every option, and the same greedy. They write the null block only; the decode
+    step samples the token after the prompt's first, which has room in the shortest `max_model_len`, 2."""
+    steps = []
+    for sampling in (EVERY_OPTION, GREEDY):
+        new = [NewSequence(0, [0, 0], 1, sampling)]
+        steps.append(StepPlan(-2, new, [0], [0], [2], [False], 0, [(0, [NULL_BLOCK])], []))
+        steps.append(StepPlan(-1, [], [0], [0], [1], [True], 1, [], []))
+    return steps

@@ -1,0 +1,137 @@
+"""The Triton kernels behind the interface, for NVIDIA GPUs; under Triton's interpreter they run on a CPU, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from ..attention_metadata import AttentionMetadata
+from ..interface import Linear, Plan, Program, Rotation
+from ..linear import PlainLinear
+from ..uploads import Uploads
+from . import norm, rotary
+from .activation import gated_activation
+from .paged_attention import PagedAttention, TritonPlan
+
+_INTERPRETED_PROCESSORS = 4
+"""Of the imagined device that the interpreter is: few, so that tests cut rows without being long."""
+_INTERPRETED_SHARED_MEMORY = 96 * 1024
+
+
+class TritonKernels:
+    """See `interface.Kernels`. Not shared between decoders: attention has a workspace."""
+
+    steps_on_device = True
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.saved_bytes = 0
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            index = torch.cuda.current_device() if device.index is None else device.index
+            shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+        else:
+            processors, shared_memory = _INTERPRETED_PROCESSORS, _INTERPRETED_SHARED_MEMORY
+        self.attend = PagedAttention(device, dtype, processors, shared_memory)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """See `interface.Kernels`."""
+        return PlainLinear(weight, bias)
+
+    def tied_linear(self, weight: Tensor) -> Linear:
+        """See `interface.Kernels`."""
+        return self.linear(weight)
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+        """See `interface.Kernels`."""
+        linear = self.linear(weight, bias)
+        return lambda x: gated_activation(linear(x), activation)
+
+    def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        """See `interface.Kernels`."""
+        assert isinstance(embedding, PlainLinear)
+        hidden = functional.embedding(tokens, embedding.weight)
+        if scale != 1.0:
+            hidden.mul_(scale)
+        return hidden if out is None else out.copy_(hidden)
+
+    def rotation(
+        self, positions: Tensor, inverse_frequencies: Tensor, factor: float, out: Rotation | None = None
+    ) -> Rotation:
+        """See `interface.Kernels`."""
+        return rotary.rotation(positions, inverse_frequencies, factor, out)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
+        """See `interface.Kernels`."""
+        out = (
+            x if in_place else torch.empty(len(x if rows is None else rows), x.shape[1], dtype=x.dtype, device=x.device)
+        )
+        return norm.rms_norm(x, weight, eps, out=out, rows=rows)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `interface.Kernels`."""
+        return logits.argmax(-1)
+
+    def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
+        """See `interface.Kernels`."""
+        hidden.add_(x, alpha=alpha)
+
+    def add_norm(self, hidden: Tensor, x: Tensor, alpha: float, weight: Tensor, eps: float) -> Tensor:
+        """See `interface.Kernels`."""
+        return norm.add_rms_norm(hidden, x, alpha, weight, eps)
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        *,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        scales: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """See `interface.Kernels`."""
+        slots = plan.metadata.slot_mapping
+        return rotary.rotate_and_store(qkv, rotation, k_cache, v_cache, slots, norms, eps, scales)
+
+    def plan(self, metadata: AttentionMetadata, block_size: int, tokens: Tensor | None = None) -> TritonPlan:
+        """See `interface.Kernels`."""
+        return TritonPlan(metadata, self.attend, lambda arrays: Uploads(self.device)(arrays))
+
+    def attention(
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        scales: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """See `interface.Kernels`."""
+        assert isinstance(plan, TritonPlan)
+        tables = plan.metadata.block_tables
+        return self.attend(
+            query, k_cache, v_cache, tables, plan.work, scale=scale, window=window, softcap=softcap, scales=scales
+        )
+
+    def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:
+        """See `interface.Kernels`: on a GPU that is any operation of torch's, on the same stream."""
+        return function(x)
+
+    def begin_layer(self) -> None:
+        """See `interface.Kernels`."""
+
+    def new_program(self, max_rows: int) -> Program | None:
+        """See `interface.Kernels`: CUDA graphs record the whole step (`actors/decode_graphs.py`)."""
+        return None
