@@ -23,6 +23,7 @@ from ..cluster.topology import ShardLayout
 from ..kernels.attention_metadata import AttentionMetadata
 from ..kernels.gpu.paged_attention import AttentionShape
 from ..kernels.gpu.sampling import DeviceSampler, DeviceSamples
+from ..kernels.gpu.sampling_batch import DeviceBatch
 from ..kernels.gpu.step import NO_SLOT, prepare, record
 from ..kernels.gpu.triton_kernels import TritonKernels
 from ..kernels.uploads import Uploads
@@ -34,7 +35,7 @@ from .kv_cache import KVCache
 from .pending_step import PendingStep, StepClock, start_copy
 from .profile_step import largest_step
 from .step_reports import token_logprobs
-from .warm_up import warm_up_steps
+from .warm_up import batch_sizes, warm_up_steps
 
 _PADDING = np.array([NO_SLOT, 0, 1, 0, -1, 0, 0, 0], dtype=np.int32)
 
@@ -61,12 +62,11 @@ class DeviceRunner:
         """`kernels` are those of the decoder; `dtype` is that of the hidden states that pass between stages."""
         self._decoder, self._kv_cache, self._kernels = decoder, kv_cache, kernels
         self._spec, self._layout, self._collectives = spec, layout, collectives
-        self._block_size, self._device = block_size, device
+        self._block_size, self._max_tokens, self._device = block_size, max_num_batched_tokens, device
         self._graph_sizes = graph_sizes(min(max_num_seqs, max_num_batched_tokens))
         self._largest_step = functools.partial(
             largest_step,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             block_size=block_size,
             vocab_size=spec.vocab_size,
@@ -103,7 +103,9 @@ class DeviceRunner:
         if not self._layout.last_stage:
             return None
         sampled = np.flatnonzero(np.array(plan.samples, dtype=np.bool_))
-        samples = self._sample(hidden, ends[sampled] - 1, slots[sampled], (starts + counts)[sampled])
+        slots, lengths = slots[sampled], (starts + counts)[sampled]
+        batch = self._tables.sampling.device_batch(slots, lengths) if slots.size else None
+        samples = self._sample(hidden, ends[sampled] - 1, slots, lengths, batch) if slots.size else None
         if not self._layout.is_output:
             return None
         copies = None if samples is None else samples.map(start_copy)
@@ -122,19 +124,25 @@ class DeviceRunner:
         pending = self.launch(plan)
         return None if pending is None else pending.result()
 
-    def warm_up(self) -> None:
-        """Run a prompt and decode steps, greedy and with every option, and record the graphs, so that the first request
-        finds every kernel compiled. All shards of a replica must do so together; it writes the null block only."""
-        for plan in warm_up_steps():
+    def warm_up(self, *, record: bool = True) -> None:
+        """Run prompts and decode steps, greedy and with every option, and record the graphs, so that the first request
+        finds every kernel compiled. All shards of a replica must do so together; it writes the null block only.
+
+        Args:
+            record: False compiles only.
+        """
+        sized = [self._largest_step(max_num_batched_tokens=size) for size in batch_sizes(self._max_tokens)]
+        for plan in (*warm_up_steps(), *sized):
             self.run(plan)
-        self._record_graphs()
-        for plan in warm_up_steps():
-            self.run(plan)
+        if record:
+            self._record_graphs()
+            for plan in warm_up_steps():
+                self.run(plan)
         self._tables.clear()
 
     def profile(self) -> None:
         """Run the largest step there can be; for measuring its memory."""
-        self.run(self._largest_step())
+        self.run(self._largest_step(max_num_batched_tokens=self._max_tokens))
         self._tables.clear()
 
     # --- the model's part -----------------------------------------------------------------------------------------
@@ -193,7 +201,7 @@ class DeviceRunner:
         """For all batch sizes; rows of the recording are padding, which reads and writes the null block."""
 
         def example(size: int) -> dict[str, NDArray[np.int32]]:
-            return self._decode_inputs(size, np.tile(_PADDING, (1, 1)), np.ones(1, dtype=np.int64))
+            return self._decode_inputs(size, _PADDING[None][:0], np.zeros(0, dtype=np.int64))
 
         def compute(size: int, inputs: dict[str, Tensor]) -> Tensor:
             return self._compute(inputs, size, 1, size)
@@ -208,16 +216,14 @@ class DeviceRunner:
         last_tokens: NDArray[np.int64],
         slots: NDArray[np.int64],
         lengths: NDArray[np.int64],
-    ) -> DeviceSamples | None:
+        batch: DeviceBatch | None,
+    ) -> DeviceSamples:
         """One token for every row that samples; every tensor-parallel rank draws the same from the same logits."""
-        if not slots.size:
-            return None
         assert self._sampler is not None
         places = np.stack((slots, lengths), 1).astype(np.int32)
         uploaded = self._place_uploads({"last tokens": last_tokens, "places": places})
         every = len(last_tokens) == len(hidden)
         logits = self._decoder.logits(hidden, None if every else uploaded["last tokens"])
-        batch = self._tables.sampling.device_batch(slots, lengths)
         samples = self._sampler.sample(logits, batch, self._tables.tokens, self._sample_uploads)
         record(self._tables.tokens, uploaded["places"], samples.tokens)
         return samples

@@ -21,8 +21,8 @@ from .decoder import Decoder
 from .device import resolve_device, resolve_dtype
 from .executor import Pending
 from .kv_cache import KVCache
-from .runner import Runner, new_runner
 from .out_of_memory import Stage, out_of_memory_named
+from .runner import Runner, new_runner
 from .shard_config import ShardConfig
 from .weights import load_weights
 
@@ -82,7 +82,7 @@ class Shard:
         config = self.config
         with out_of_memory_named(Stage.WEIGHTS, config):
             kernels = self._kernels = load_kernels(self.device, self.dtype)
-            compiling = Background(getattr(kernels, "warm_up", None), "compile-kernels")
+            compiling = Background(self._rehearsal() if self.device.type == "cuda" else None, "compile-kernels")
             with self.clock.phase(startup.WEIGHTS):
                 weights = load_weights(
                     config.folder,
@@ -151,6 +151,15 @@ class Shard:
         assert self._runner is not None, "allocate first"
         with out_of_memory_named(Stage.STEP, self.config):
             return self._runner.run(plan)
+
+    def _rehearsal(self) -> Callable[[], None] | None:
+        """What compiles the kernels of a GPU; None if nothing needs compiling."""
+        assert self._kernels is not None
+        if not self._kernels.steps_on_device:
+            return None
+        from .rehearsal import rehearse  # a CPU does without Triton
+
+        return lambda: rehearse(self.spec, self.config, self.device, self.dtype)
 
     def _new_runner(self, num_blocks: int) -> Runner:
         """A runner with a KV cache of `num_blocks`."""

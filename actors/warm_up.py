@@ -20,3 +20,13 @@ def warm_up_steps() -> list[StepPlan]:
         steps.append(StepPlan(-2, new, [0], [0], [2], [False], 0, [(0, [NULL_BLOCK])], []))
         steps.append(StepPlan(-1, [], [0], [0], [1], [True], 1, [], []))
     return steps
+
+
+def batch_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Tokens of further steps, for kernels whose tiles depend on the size of the batch."""
+    sizes = []
+    size = 64
+    while size < max_num_batched_tokens:
+        sizes.append(size)
+        size *= 4
+    return sizes

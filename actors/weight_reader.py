@@ -25,8 +25,9 @@ from .weight_names import TensorSlice
 
 MAX_READERS = 8
 """Readers of one shard. A few fill a GPU's link from the page cache; more keep a disk busy."""
-READ_BYTES = 16 * 2**20
-"""A read goes up to here where its bytes are not touched again: a GPU's readers pin 2 * 8 * 16 MiB at most."""
+READ_BYTES = 8 * 2**20
+"""A read goes up to here where its bytes are not touched again: a GPU's readers pin 2 * 8 * 8 MiB at most, as
+pinning takes time."""
 CACHE_BYTES = 4 * 2**20
 """A read goes up to here where the CPU works on its bytes, so that they are still in a core's cache."""
 
@@ -103,7 +104,7 @@ def read_weights(
     threads = torch.get_num_threads()
     if num_readers is None:
         cpus = len(os.sched_getaffinity(0)) if device.type == "cuda" else threads
-        num_readers = min(MAX_READERS, max(2, cpus))
+        num_readers = min(MAX_READERS, max(2, cpus), len(reads))
     capacity = max((read.nbytes_wanted for read in reads), default=ALIGNMENT)
     work: queue.SimpleQueue[Read] = queue.SimpleQueue()
     for read in reads:

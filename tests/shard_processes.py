@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import multiprocessing
+import os
 import socket
 import traceback
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ from raytroupe.actors.shard_config import ShardConfig
 from raytroupe.cluster.errors import ShardFailed
 from raytroupe.cluster.step import StepPlan, StepResult
 from raytroupe.cluster.topology import all_layouts
+from raytroupe.kernels.backend import CHOICE
 
 START_SECONDS = 120.0
 OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "timeout_seconds": 60.0}
@@ -42,17 +44,21 @@ class ProcessShards:
             there.close()
             self._workers.append((process, here))
 
-    def executor(self, folder: Path, tp: int, pp: int, num_blocks: int, **options: Any) -> ProcessExecutor:
+    def executor(
+        self, folder: Path, tp: int, pp: int, num_blocks: int, kernels: str = "", **options: Any
+    ) -> ProcessExecutor:
         """A replica of `folder` on tp * pp processes, ready to run plans. Close it before asking for the next one.
 
-        `options` are fields of `ShardConfig`; by default the shards compute in float32 with one thread.
+        Args:
+            kernels: value of `kernels/backend.py`'s environment variable.
+            options: fields of `ShardConfig`; by default the shards compute in float32 with one thread.
         """
         self.launch(tp * pp)
         connections = [connection for _, connection in self._workers[: tp * pp]]
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         for layout, connection in zip(all_layouts(tp, pp), connections, strict=True):
             config = ShardConfig(folder=folder, layout=layout, init_method=rendezvous, **{**OPTIONS, **options})
-            connection.send(("open", (config, num_blocks)))
+            connection.send(("open", (config, num_blocks, kernels)))
         executor = ProcessExecutor(connections)
         answers = [_receive(connection) for connection in connections]
         failures = [str(payload) for kind, payload in answers if kind != "ready"]
@@ -160,7 +166,7 @@ def _serve(connection: Connection) -> None:
             return
         try:
             if command == "open":
-                config, num_blocks = payload
+                config, num_blocks, os.environ[CHOICE] = payload
                 shard = Shard(config)
                 shard.connect()
                 shard.load()

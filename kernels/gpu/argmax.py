@@ -56,7 +56,7 @@ def key_to_float(key):
 @triton.jit
 def pack(x, ids):
     """int64 that orders by `x` and then by lower id."""
-    return (order_key(x).to(tl.int64) << 32) | (_LAST_ID - ids).to(tl.int64)
+    return (order_key(x).to(tl.int64) << 32) | (ids ^ _LAST_ID).to(tl.int64)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def packed_value(packed):
 @triton.jit
 def packed_id(packed):
     """int64."""
-    return _LAST_ID - (packed & 0xFFFFFFFF)
+    return (packed & 0xFFFFFFFF) ^ _LAST_ID
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def tally(
     else:
         counts = tl.zeros((BLOCK,), tl.int32)
         masses = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=3):  # reads ahead
             ids = start + tl.arange(0, BLOCK)
             bits = load_weights(row_ptr, ids, vocab, maximum, temperature, SCALE).to(tl.int32, bitcast=True)
             above = bits >= threshold
@@ -136,65 +136,20 @@ def target_mass(total, random):
 
 
 @triton.jit
-def draw_kernel(
-    logits_ptr, best_ptr, temperature_ptr, filtered_ptr, top_k_ptr, top_p_ptr, min_weight_ptr, seed_ptr, position_ptr,
-    sums_ptr, headers_ptr, ids_ptr, bits_ptr, tokens_ptr, stride, vocab, splits,
-    CAPACITY: tl.constexpr, SCALE: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+def draw_from_split(
+    sums_ptr, min_weight, random, row_ptr, splits, vocab, maximum, temperature,
+    SCALE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, greedy rows included. LARGEST: the bits of the largest weight, SCALE."""
-    row = tl.program_id(0).to(tl.int64)
-    best = best_of_row(best_ptr, row, splits, BLOCK_S)
-    temperature = tl.load(temperature_ptr + row)
-    token = packed_id(best)
-    if temperature > 0.0:
-        maximum = packed_value(best)
-        row_ptr = logits_ptr + row * stride
-        min_weight = tl.load(min_weight_ptr + row)
-        random = uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
-        indices = tl.arange(0, BLOCK_S)
-        sums = tl.load(sums_ptr + row * splits + indices, mask=indices < splits, other=0)
-        total = tl.sum(sums, 0)
-        if tl.load(filtered_ptr + row) == 0:
-            target = target_mass(total, random)
-            split = tl.sum((tl.cumsum(sums, 0) <= target).to(tl.int32), 0)
-            before = tl.sum(tl.where(indices < split, sums, 0), 0)
-            ids = split * BLOCK + tl.arange(0, BLOCK)
-            mass = load_weights(row_ptr, ids, vocab, maximum, temperature, SCALE).to(tl.int64)
-            mass = tl.where(mass >= min_weight, mass, 0)
-            index = tl.sum((before + tl.cumsum(mass, 0) <= target).to(tl.int32), 0)
-            token = (split * BLOCK + index).to(tl.int64)
-        else:
-            top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-            octave = tl.load(headers_ptr + row * 3)
-            count = tl.load(headers_ptr + row * 3 + 1)
-            nonzero = tl.load(headers_ptr + row * 3 + 2)
-            places = tl.arange(0, CAPACITY)
-            candidates = tl.load(bits_ptr + row * CAPACITY + places, mask=places < count, other=0)
-            mass = tl.sum(mass_of(candidates), 0)
-            lowest = smallest_of_octave(octave)
-            # Do the candidates contain the border, or everything above `min_weight`?
-            sufficient = (mass.to(tl.float64) < total.to(tl.float64) * top_p) == 0
-            sufficient = sufficient | (min_weight >= mass_of(lowest))
-            sufficient = tl.where(top_k > 0, count >= top_k, sufficient)
-            listed = (count == nonzero) | ((count > 0) & sufficient)
-            if listed == 0:
-                lowest = smallest_of_octave(octave * 0 + 1)
-                count, mass = nonzero, total
-            threshold, ties = find_border(
-                lowest, count, mass, total, top_k, top_p, listed, candidates, row_ptr, vocab, maximum, temperature,
-                SCALE, BLOCK, LARGEST,
-            )  # fmt: skip
-            if listed:
-                weights = candidates.to(tl.float32, bitcast=True)
-                kept, _tied = kept_mass(weights, threshold, ties, 0, min_weight)
-                target = target_mass(tl.sum(kept, 0), random)
-                index = tl.sum((tl.cumsum(kept, 0) <= target).to(tl.int32), 0)
-                token = tl.load(ids_ptr + row * CAPACITY + index).to(tl.int64)
-            else:
-                token = draw_from_row(
-                    threshold, ties, min_weight, random, row_ptr, vocab, maximum, temperature, SCALE, BLOCK
-                )
-    tl.store(tokens_ptr + row, token)
+    """The inverse CDF over the splits' sums, at `sums_ptr`, and then over the split in which the target lies."""
+    indices = tl.arange(0, BLOCK_S)
+    sums = tl.load(sums_ptr + indices, mask=indices < splits, other=0)
+    target = target_mass(tl.sum(sums, 0), random)
+    split = tl.sum((tl.cumsum(sums, 0) <= target).to(tl.int32), 0)
+    before = tl.sum(tl.where(indices < split, sums, 0), 0)
+    ids = split * BLOCK + tl.arange(0, BLOCK)
+    mass = load_weights(row_ptr, ids, vocab, maximum, temperature, SCALE).to(tl.int64)
+    mass = tl.where(mass >= min_weight, mass, 0)
+    return split * BLOCK + tl.sum((before + tl.cumsum(mass, 0) <= target).to(tl.int32), 0)
 
 
 @triton.jit
@@ -212,7 +167,7 @@ def draw_from_row(
     target = target_mass(total, random)
     tied = ties * 0
     before = min_weight * 0
-    token = min_weight * 0
+    token = ties * 0
     for start in range(0, vocab, BLOCK):
         weights = load_weights(row_ptr, start + tl.arange(0, BLOCK), vocab, maximum, temperature, SCALE)
         kept, more = kept_mass(weights, threshold, ties, tied, min_weight)
@@ -223,12 +178,77 @@ def draw_from_row(
     return token
 
 
+@triton.jit
+def draw_filtered(
+    total, header_ptr, ids_ptr, bits_ptr, top_k, top_p, min_weight, random, row_ptr, vocab, maximum, temperature,
+    CAPACITY: tl.constexpr, SCALE: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From the row's candidates, at `ids_ptr` and `bits_ptr`, if the border is among them; else from the whole row."""
+    octave = tl.load(header_ptr)
+    count = tl.load(header_ptr + 1)
+    nonzero = tl.load(header_ptr + 2)
+    places = tl.arange(0, CAPACITY)
+    candidates = tl.load(bits_ptr + places, mask=places < count, other=0)
+    mass = tl.sum(mass_of(candidates), 0)
+    lowest = smallest_of_octave(octave)
+    # Do the candidates reach top_k, or top_p, or everything above `min_weight`?
+    sufficient = (mass.to(tl.float64) < total.to(tl.float64) * top_p) == 0
+    sufficient = sufficient | (min_weight >= mass_of(lowest))
+    sufficient = tl.where(top_k > 0, count >= top_k, sufficient)
+    listed = (count == nonzero) | ((count > 0) & sufficient)
+    lowest = tl.where(listed, lowest, smallest_of_octave(octave * 0 + 1))
+    threshold, ties = find_border(
+        lowest, tl.where(listed, count, nonzero), tl.where(listed, mass, total), total, top_k, top_p,
+        listed, candidates, row_ptr, vocab, maximum, temperature, SCALE, BLOCK, LARGEST,
+    )  # fmt: skip
+    if listed:
+        kept, _tied = kept_mass(candidates.to(tl.float32, bitcast=True), threshold, ties, 0, min_weight)
+        target = target_mass(tl.sum(kept, 0), random)
+        token = tl.load(ids_ptr + tl.sum((tl.cumsum(kept, 0) <= target).to(tl.int32), 0))
+    else:
+        token = draw_from_row(threshold, ties, min_weight, random, row_ptr, vocab, maximum, temperature, SCALE, BLOCK)
+    return token
+
+
+@triton.jit
+def draw_kernel(
+    logits_ptr, best_ptr, temperature_ptr, filtered_ptr, top_k_ptr, top_p_ptr, min_weight_ptr, seed_ptr, position_ptr,
+    sums_ptr, headers_ptr, ids_ptr, bits_ptr, tokens_ptr, stride, vocab, splits,
+    CAPACITY: tl.constexpr, SCALE: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program per row, greedy rows included. LARGEST: the bits of the largest weight, SCALE."""
+    row = tl.program_id(0).to(tl.int64)
+    best = best_of_row(best_ptr, row, splits, BLOCK_S)
+    temperature = tl.load(temperature_ptr + row)
+    token = packed_id(best)
+    if temperature > 0.0:
+        maximum = packed_value(best)
+        row_ptr = logits_ptr + row * stride
+        min_weight = tl.load(min_weight_ptr + row)
+        random = uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+        if tl.load(filtered_ptr + row) == 0:
+            token = draw_from_split(
+                sums_ptr + row * splits, min_weight, random, row_ptr, splits, vocab, maximum, temperature,
+                SCALE, BLOCK, BLOCK_S,
+            ).to(tl.int64)  # fmt: skip
+        else:
+            indices = tl.arange(0, BLOCK_S)
+            total = tl.sum(tl.load(sums_ptr + row * splits + indices, mask=indices < splits, other=0), 0)
+            token = draw_filtered(
+                total, headers_ptr + row * 3, ids_ptr + row * CAPACITY, bits_ptr + row * CAPACITY,
+                tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), min_weight, random, row_ptr, vocab, maximum,
+                temperature, CAPACITY, SCALE, LARGEST, BLOCK,
+            ).to(tl.int64)  # fmt: skip
+    tl.store(tokens_ptr + row, token)
+
+
 def draw(logits: Tensor, best: Tensor, parameters: dict[str, Tensor], weights: Weights) -> Tensor:
     """One token per row of `logits` [S, vocab], [S] int64.
 
     Args:
         best: from `split_argmax`.
-        parameters: those of `Weights.compute` and `top_k` [S] int32, `top_p` [S] float64, `seed` and `position` [S] int64.
+        parameters: those of `Weights.compute` and `top_k` [S] int32, `top_p` [S] float64, `seed` and `position` [S]
+            int64.
         weights: computed of the same.
     """
     rows, vocab_size = logits.shape
@@ -237,12 +257,12 @@ def draw(logits: Tensor, best: Tensor, parameters: dict[str, Tensor], weights: W
         logits, best, parameters["temperature"], parameters["filtered"], parameters["top_k"], parameters["top_p"],
         parameters["min_weight"], parameters["seed"], parameters["position"], weights.sums, weights.headers,
         weights.ids, weights.bits, tokens, logits.stride(0), vocab_size, best.shape[1],
-        CAPACITY=weights.capacity, SCALE=weights.scale, LARGEST=_float_bits(weights.scale), BLOCK=weights.block,
+        CAPACITY=weights.capacity, SCALE=weights.scale, LARGEST=float_bits(weights.scale), BLOCK=weights.block,
         BLOCK_S=weights.block_s, num_warps=8,
     )  # fmt: skip
     return tokens
 
 
-def _float_bits(power_of_two: float) -> int:
+def float_bits(power_of_two: float) -> int:
     """The bits of a float32."""
     return (127 + int(power_of_two).bit_length() - 1) << 23

@@ -1,7 +1,7 @@
 """What requests ask to be changed in their logits, in place: bias, masked stop tokens, penalties.
 
-The meaning is that of `kernels/logit_adjustments.py`, to the bit. Nothing passes over the whole vocabulary but the zeroing of
-the counts: a bias touches its own logits, and penalties those of the tokens that a sequence knows:
+The meaning is that of `kernels/logit_adjustments.py`, to the bit. Nothing passes over the whole vocabulary but the
+zeroing of the counts: a bias touches its own logits, and penalties those of the tokens that a sequence knows:
 
     token table [slot]   5 17 5 9 …         every occurrence is counted at its token
     counts [P, vocab]    … 2 … 1 … 1        the first program that takes a token's count away penalises it
@@ -94,6 +94,7 @@ def adjustment_arrays(batch: DeviceBatch) -> dict[str, NDArray]:
         arrays |= _edits(batch)
     if batch.penalties is not None:
         rows = batch.penalties
+        # [P, 4]: row, slot, length, prompt length; and [P, 3]
         arrays["penalty_places"] = np.stack((rows.rows, rows.slots, rows.lengths, rows.prompt_lens), axis=1)
         arrays["penalty_coefficients"] = np.stack((rows.repetition, rows.presence, rows.frequency), axis=1)
     return arrays
@@ -135,7 +136,7 @@ def adjust_(logits: Tensor, arrays: dict[str, Tensor], tokens: Tensor) -> None:
 
 
 def _penalise_(logits: Tensor, places: Tensor, coefficients: Tensor, tokens: Tensor) -> None:
-    """`places` [P, 4] int64: row, slot, length, prompt length. `coefficients` [P, 3]: repetition, presence, frequency."""
+    """As `adjustment_arrays` has it: `places` [P, 4] int64 and `coefficients` [P, 3] float32."""
     vocab_size = logits.shape[1]
     grid = (_PROGRAMS, len(places))
     counts = torch.zeros(len(places), vocab_size, dtype=torch.int32, device=logits.device)

@@ -1,13 +1,16 @@
 """Log-probabilities to report: of the token that was chosen, and of the most likely ones with their ids.
 
-The distribution is the model's own, before anything is adjusted. Alternatives are ordered by log-probability and then by
-lower id; both in one integer, whose smallest is the first:
+The distribution is the model's own, before anything is adjusted. Alternatives are ordered by log-probability and then
+by lower id; both in one integer, whose smallest is the first:
 
     | bits of -logprob, 31 | id, 32 |    the bits of a float that is not negative grow with it
 """
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +22,37 @@ from .argmax import finite, split_size, warps
 MIN_LOGPROB = tl.constexpr(-9999.0)
 """As in `kernels/sampling.py`."""
 MAX_SELECTED = 32
-"""So many alternatives are selected in the kernels, one by one; more, which no public API asks for, by torch."""
+"""So many alternatives, a power of two, are selected in the kernels, one by one. More, which no request of OpenAI's API
+asks for, are left to torch."""
 _LAST_KEY = tl.constexpr(2**63 - 1)
 _GROUP_KEYS = 2**23
 """Keys that exist at a time, 64 MiB, where torch selects."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reported:
+    """Log-probabilities of a step."""
+
+    wanted: NDArray[np.int64]
+    """[S] alternatives per row, on the host; -1 for rows that report nothing; A others."""
+    chosen: Tensor
+    """[A] float32: of the rows' tokens."""
+    top_ids: Tensor
+    """[A, most of `wanted`] int32, the most likely first."""
+    top_logprobs: Tensor
+    """[A, most of `wanted`] float32."""
+
+    def entries(self) -> list[tuple[float, list[tuple[int, float]]] | None]:
+        """As `kernels.sampling.SampledTokens.logprobs`; only of tensors on the host."""
+        reports = zip(self.chosen.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        entries: list[tuple[float, list[tuple[int, float]]] | None] = []
+        for count in self.wanted.tolist():
+            if count < 0:
+                entries.append(None)
+            else:
+                chosen, ids, values = next(reports)
+                entries.append((chosen, list(zip(ids[:count], values[:count], strict=True))))
+        return entries
 
 
 @triton.jit
@@ -68,17 +98,17 @@ def split_log_sum_kernel(
     tl.store(sums_ptr + place, tl.sum(tl.exp(x - maximum), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alternatives"])
 def split_top_logprobs_kernel(
-    logits_ptr, rows_ptr, maxima_ptr, sums_ptr, keys_ptr, stride, vocab, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    logits_ptr, rows_ptr, maxima_ptr, sums_ptr, keys_ptr, stride, vocab, alternatives, SELECTED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, reported row): the split's SELECTED smallest keys."""
+    """Program (split, reported row): the `alternatives` smallest keys of the split, of SELECTED at most."""
     split, splits, index = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     row = tl.load(rows_ptr + index).to(tl.int64)
     maximum, logarithm = log_sum(maxima_ptr, sums_ptr, index, splits, BLOCK_S)
     keys = logprob_keys(logits_ptr, row, stride, split * BLOCK + tl.arange(0, BLOCK), vocab, maximum, logarithm)
-    for i in range(SELECTED):
+    for i in range(alternatives):
         smallest = tl.min(keys, 0)
         tl.store(keys_ptr + (index * splits + split) * SELECTED + i, smallest)
         keys = tl.where(keys == smallest, _LAST_KEY, keys)
@@ -91,11 +121,13 @@ def merge_top_logprobs_kernel(
     """One program per reported row: the `alternatives` smallest of its splits' keys; BLOCK covers them all."""
     index = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
-    keys = tl.load(keys_ptr + index * splits * SELECTED + places, mask=places < splits * SELECTED, other=_LAST_KEY)
+    mask = (places < splits * SELECTED) & (places % SELECTED < alternatives)
+    keys = tl.load(keys_ptr + index * splits * SELECTED + places, mask=mask, other=_LAST_KEY)
     for i in range(alternatives):
         smallest = tl.min(keys, 0)
+        value = 0.0 - (smallest >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         tl.store(ids_ptr + index * alternatives + i, (smallest & 0xFFFFFFFF).to(tl.int32))
-        tl.store(values_ptr + index * alternatives + i, 0.0 - (smallest >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+        tl.store(values_ptr + index * alternatives + i, value)
         keys = tl.where(keys == smallest, _LAST_KEY, keys)
 
 
@@ -163,16 +195,16 @@ class LogProbabilities:
         ids = torch.empty(num_rows, alternatives, dtype=torch.int32, device=device)
         values = torch.empty(num_rows, alternatives, device=device)
         if alternatives:
-            selected = min(triton.next_power_of_2(alternatives), self._block)  # few specialisations
-            keys = torch.empty(num_rows, self._splits, selected, dtype=torch.int64, device=device)
+            keys = torch.empty(num_rows, self._splits, MAX_SELECTED, dtype=torch.int64, device=device)
             split_top_logprobs_kernel[(self._splits, num_rows)](
                 self._logits, self._rows, self._maxima, self._sums, keys, self._logits.stride(0), self._vocab_size,
-                SELECTED=selected, BLOCK=self._block, BLOCK_S=self._block_s, num_warps=warps(self._block),
+                alternatives, SELECTED=MAX_SELECTED, BLOCK=self._block, BLOCK_S=self._block_s,
+                num_warps=warps(self._block),
             )  # fmt: skip
-            block = triton.next_power_of_2(self._splits * selected)
             merge_top_logprobs_kernel[(num_rows,)](
-                keys, ids, values, self._splits, alternatives, SELECTED=selected, BLOCK=block, num_warps=4
-            )
+                keys, ids, values, self._splits, alternatives,
+                SELECTED=MAX_SELECTED, BLOCK=self._block_s * MAX_SELECTED, num_warps=4,
+            )  # fmt: skip
         return ids, values
 
     def _top_of_many(self, alternatives: int) -> tuple[Tensor, Tensor]:
@@ -188,24 +220,3 @@ class LogProbabilities:
             parts.append(keys.topk(alternatives, dim=-1, largest=False).values)
         smallest = torch.cat(parts)
         return (smallest & 0xFFFFFFFF).to(torch.int32), 0.0 - (smallest >> 32).to(torch.int32).view(torch.float32)
-
-
-def report(
-    wanted: NDArray, chosen: Tensor, ids: Tensor, values: Tensor
-) -> list[tuple[float, list[tuple[int, float]]] | None]:
-    """The entries of `kernels.sampling.SampledTokens.logprobs`.
-
-    Args:
-        wanted: [S] alternatives per row, -1 for rows that report nothing; A others.
-        chosen: [A] on the host, like the rest: `LogProbabilities.chosen`.
-        ids, values: [A, most of `wanted`]: `LogProbabilities.top`.
-    """
-    entries = zip(chosen.tolist(), ids.tolist(), values.tolist(), strict=True)
-    reports: list[tuple[float, list[tuple[int, float]]] | None] = []
-    for count in wanted.tolist():
-        if count < 0:
-            reports.append(None)
-        else:
-            value, row_ids, row_values = next(entries)
-            reports.append((value, list(zip(row_ids[:count], row_values[:count], strict=True))))
-    return reports

@@ -10,7 +10,7 @@ import triton.language as tl
 def uniform(seed, position):
     """In [0, 1) with 53 random bits, float64; Philox4x32-10 keyed by `seed`, counting `position`, both int64.
 
-    Triton's own generator has the rounds and constants of the paper; only the words that are used differ from `tl.rand`.
+    Triton's generator has the rounds and constants of the paper; only which words are used differs from `tl.rand`.
     """
     low = position.to(tl.uint32)
     high = (position >> 32).to(tl.uint32)

@@ -13,13 +13,14 @@
         └──▶ candidates ──▶ border of top_k, top_p, min_p ──▶ inverse CDF              draw.py     with a filter
 
 What is launched depends on what the rows ask for, which the host knows; grids depend on shapes only. A row's token and
-log-probabilities are a function of its own logits, parameters and position, bit for bit, in any batch: whatever is added up
-across splits is an integer or cut the same way in every step.
+log-probabilities are a function of its own logits, parameters and position, bit for bit, in any batch: whatever is
+added up is an integer, or cut the same way in every step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -31,11 +32,11 @@ from ..uploads import Uploads
 from .argmax import argmax, split_argmax
 from .draw import draw
 from .logits import adjust_, adjustment_arrays
-from .logprobs import LogProbabilities, report
+from .logprobs import LogProbabilities, Reported
 from .sampling_batch import DeviceBatch, PenalisedRows
 from .weights import CANDIDATES, Weights, weight_bits
 
-__all__ = ["DeviceBatch", "DeviceSampler", "DeviceSamples", "PenalisedRows", "report"]
+__all__ = ["DeviceBatch", "DeviceSampler", "DeviceSamples", "PenalisedRows"]
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = 2**31 - 1
@@ -43,20 +44,32 @@ _INT32_MAX = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceSamples:
-    """The outcome for S rows, A of which report log-probabilities; on the device, in memory of its own."""
+    """The outcome for S rows, A of which report log-probabilities; in memory of its own."""
 
     tokens: Tensor
     """[S] int64."""
-    chosen: Tensor | None = None
-    """[A] float32: log-probabilities of the tokens; None: no row reports any."""
-    top_ids: Tensor | None = None
-    """[A, most alternatives] int32, the most likely first."""
-    top_logprobs: Tensor | None = None
-    """[A, most alternatives] float32."""
+    reported: Reported | None = None
+    """None: no row reports any."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> DeviceSamples:
+        """The same with `function` of every tensor: one that starts a copy to the host, for example."""
+        reported = self.reported
+        if reported is not None:
+            reported = dataclasses.replace(
+                reported,
+                chosen=function(reported.chosen),
+                top_ids=function(reported.top_ids),
+                top_logprobs=function(reported.top_logprobs),
+            )
+        return DeviceSamples(function(self.tokens), reported)
+
+    def reports(self) -> list[tuple[float, list[tuple[int, float]]] | None] | None:
+        """As `kernels.sampling.SampledTokens.logprobs`; only of tensors on the host."""
+        return None if self.reported is None else self.reported.entries()
 
 
 class DeviceSampler:
-    """The sampler of one stream of steps: it keeps memory for sums and candidates, 25 KiB a row if the vocabulary is 128k."""
+    """The sampler of one stream of steps. It keeps memory for sums and candidates: 25 KiB a row for 128k tokens."""
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device, candidates: int = CANDIDATES) -> None:
         """`candidates`: see `weights.py`; results do not depend on it."""
@@ -92,7 +105,9 @@ class DeviceSampler:
             # Of the model's distribution, so of logits that nothing will change.
             reported = on_device["reported"]
             if overwritten:
-                logprobs = LogProbabilities(logits.index_select(0, reported), on_device["copied"])
+                copies = torch.empty(len(asked), logits.stride(0), device=logits.device)[:, : self._vocab_size]
+                torch.index_select(logits, 0, reported, out=copies)
+                logprobs = LogProbabilities(copies, on_device["copied"])
             else:
                 logprobs = LogProbabilities(logits, reported)
         adjust_(logits, on_device, tokens)
@@ -100,8 +115,8 @@ class DeviceSampler:
         chosen = self._choose(logits, parameters, on_device)
         if logprobs is None:
             return DeviceSamples(chosen)
-        alternatives = min(self._vocab_size, int(batch.logprobs.max()))
-        return DeviceSamples(chosen, logprobs.chosen(chosen, on_device["reported"]), *logprobs.top(alternatives))
+        top = logprobs.top(min(self._vocab_size, int(batch.logprobs.max())))
+        return DeviceSamples(chosen, Reported(batch.logprobs, logprobs.chosen(chosen, on_device["reported"]), *top))
 
     def _choose(self, logits: Tensor, parameters: dict[str, NDArray], on_device: dict[str, Tensor]) -> Tensor:
         """Tokens of adjusted logits."""

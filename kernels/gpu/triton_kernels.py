@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..attention_metadata import AttentionMetadata
-from ..interface import Linear, Plan, Program, Rotation
+from ..interface import Experts, Linear, Plan, Program, Rotation
 from ..linear import PlainLinear
 from ..uploads import Uploads
-from . import norm, rotary
-from .activation import gated_activation
+from . import norm, rotary, routing
+from .linear import TritonGatedLinear, TritonLinear
+from .moe import TritonExperts
 from .paged_attention import PagedAttention, TritonPlan
 
 _INTERPRETED_PROCESSORS = 4
@@ -40,7 +41,7 @@ class TritonKernels:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""
-        return PlainLinear(weight, bias)
+        return TritonLinear(weight, bias)
 
     def tied_linear(self, weight: Tensor) -> Linear:
         """See `interface.Kernels`."""
@@ -48,8 +49,15 @@ class TritonKernels:
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
-        linear = self.linear(weight, bias)
-        return lambda x: gated_activation(linear(x), activation)
+        return TritonGatedLinear(weight, bias, activation)
+
+    def route(self, logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """See `interface.Kernels`."""
+        return routing.route(logits, experts_per_token, normalize)
+
+    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+        """See `interface.Kernels`."""
+        return TritonExperts(gate_up, down, activation)
 
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""

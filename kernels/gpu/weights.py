@@ -59,8 +59,8 @@ def sum_weights_kernel(
     logits_ptr, best_ptr, temperature_ptr, filtered_ptr, min_weight_ptr, sums_ptr, octaves_ptr, stride, vocab,
     SCALE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, row), of rows drawn at random: the split's sum, and the tokens in its octaves if the row is filtered
-    by top_k or top_p; else min_p is applied already."""
+    """Program (split, row), of rows drawn at random: the split's sum. If top_k or top_p filter the row, also the tokens
+    in its octaves; else the sum is of what min_p leaves."""
     split, splits, row = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0.0:

@@ -214,3 +214,59 @@ async def test_a_peer_without_encryption_is_refused() -> None:
 def test_sockets_never_listen_on_all_interfaces(host: str) -> None:
     with SecureContext() as context, pytest.raises(ValueError, match="all interfaces"):
         context.bind(zmq.PULL, host)
+
+
+class Device:
+    """Steps are launched at once, and end when a test says so."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Semaphore(0)
+        self.broken: int | None = None
+
+    def launch(self, plan: StepPlan) -> Launched:
+        return Launched(self, plan)
+
+
+class Launched:
+    def __init__(self, device: Device, plan: StepPlan) -> None:
+        self._device, self._plan = device, plan
+
+    def result(self) -> StepResult:
+        self._device.ended.acquire()
+        if self._plan.step == self._device.broken:
+            raise RuntimeError("an illegal memory access")
+        return result_of(self._plan)
+
+
+async def test_plans_are_launched_while_steps_run_and_results_keep_their_order(executor: ChannelExecutor) -> None:
+    shards, device = Shards(), Device()
+    shards.start(executor.endpoint, 0, device.launch)
+    shards.start(executor.endpoint, 1, lambda plan: None)
+    await executor.connected(10)
+    for step in range(3):
+        executor.submit(plan_of(step))
+    await until(lambda: len(shards.plans[0]) == 3)
+    waiting = asyncio.create_task(executor.result())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    device.ended.release(3)
+    assert (await waiting).step == 0
+    assert [(await executor.result()).step for _ in range(2)] == [1, 2]
+    executor.close()
+    assert await shards.ended()
+    assert not shards.errors
+
+
+async def test_a_step_that_fails_after_its_launch_is_reported(executor: ChannelExecutor) -> None:
+    shards, device = Shards(), Device()
+    device.broken = 1
+    shards.start(executor.endpoint, 0, device.launch)
+    shards.start(executor.endpoint, 1, lambda plan: None)
+    await executor.connected(10)
+    for step in range(2):
+        executor.submit(plan_of(step))
+    device.ended.release(2)
+    assert (await executor.result()).step == 0
+    with pytest.raises(StepFailed, match="step 1: RuntimeError: an illegal memory access"):
+        await executor.result()
+    await until(lambda: 0 in shards.errors)

@@ -22,6 +22,22 @@ def test_shards_give_the_reference_answers(family, tp, pp, shard_processes, tmp_
     reference = family_reference(family, tmp_path_factory.getbasetemp() / "families")
     # A pool that holds less than two of the longest requests, so that preemption meets parallelism too.
     num_blocks = 1 + 2 * -(-LONGEST // BLOCK_SIZE)
+    answers, preemptions = answer(reference.folder, reference.prompts, NEW_TOKENS, tp, pp, num_blocks, shard_processes)
+    assert answers == reference.answers
+    assert preemptions > 0
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_shards_with_the_kernels_of_a_gpu_give_them_too(tp, pp, shard_processes, tmp_path_factory):
+    """Steps are launched ahead, and tokens that other stages must know come back through the scheduler."""
+    reference = family_reference("gemma2", tmp_path_factory.getbasetemp() / "families")
+    prompts, tokens = reference.prompts[:3], 5
+    answers, _ = answer(reference.folder, prompts, tokens, tp, pp, 60, shard_processes, kernels="triton")
+    assert answers == [expected[:tokens] for expected in reference.answers[:3]]
+
+
+def answer(folder, prompts, max_tokens, tp, pp, num_blocks, shard_processes, kernels=""):
+    """Greedy tokens of all prompts, and how often one was preempted."""
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=num_blocks,
@@ -33,25 +49,24 @@ def test_shards_give_the_reference_answers(family, tp, pp, shard_processes, tmp_
         )
     )
     executor = shard_processes.executor(
-        reference.folder,
+        folder,
         tp,
         pp,
         num_blocks,
+        kernels,
         block_size=BLOCK_SIZE,
         max_num_seqs=8,
         max_model_len=LONGEST,
         max_num_batched_tokens=BUDGET,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     requests = [
-        EngineRequest(request_id=str(index), prompt=prompt, sampling=sampling)
-        for index, prompt in enumerate(reference.prompts)
+        EngineRequest(request_id=str(index), prompt=prompt, sampling=sampling) for index, prompt in enumerate(prompts)
     ]
     try:
         completions = asyncio.run(answer_all(scheduler, executor, requests))
     finally:
         executor.close()
-    assert [completion.tokens for completion in completions] == reference.answers
-    assert scheduler.stats.preemptions > 0
     scheduler.check_integrity()
     assert scheduler.snapshot().blocks_held == 0
+    return [completion.tokens for completion in completions], scheduler.stats.preemptions

@@ -120,3 +120,69 @@ def test_close_drops_waiting_plans_and_ends_the_thread(executor_of):
 
     asyncio.run(results())
     assert not any(thread.name == "shard" for thread in threading.enumerate())
+
+
+class Steps:
+    """A device: steps are launched at once, and end when a test says so."""
+
+    def __init__(self) -> None:
+        self.launched: list[int] = []
+        self.ended = threading.Semaphore(0)
+        self.broken: int | None = None
+
+    def launch(self, plan: StepPlan):
+        self.launched.append(plan.step)
+        return _Pending(self, plan)
+
+
+class _Pending:
+    def __init__(self, steps: Steps, plan: StepPlan) -> None:
+        self._steps, self._plan = steps, plan
+
+    def result(self) -> StepResult:
+        self._steps.ended.acquire()
+        if self._plan.step == self._steps.broken:
+            raise RuntimeError("an illegal memory access")
+        return echo(self._plan)
+
+
+async def test_a_plan_is_launched_while_the_one_before_still_runs(executor_of):
+    steps = Steps()
+    executor = executor_of(steps.launch)
+    for step in range(2):
+        executor.submit(make_plan(step))
+    while len(steps.launched) < 2:
+        await asyncio.sleep(0.001)
+    waiting = asyncio.create_task(executor.result())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    steps.ended.release()
+    assert (await waiting).step == 0
+    executor.submit(make_plan(2))
+    while len(steps.launched) < 3:
+        await asyncio.sleep(0.001)
+    steps.ended.release(2)
+    assert [(await executor.result()).step for _ in range(2)] == [1, 2]
+
+
+async def test_a_fault_found_after_the_launch_ends_the_executor(executor_of):
+    steps = Steps()
+    steps.broken = 1
+    executor = executor_of(steps.launch)
+    for step in range(3):
+        executor.submit(make_plan(step))
+    steps.ended.release(3)
+    assert (await executor.result()).step == 0
+    with pytest.raises(StepFailed, match="step 1: RuntimeError: an illegal memory access"):
+        await executor.result()
+    with pytest.raises(ShardFailed):
+        executor.submit(make_plan(3))
+
+
+def test_close_waits_for_launched_steps_and_ends_both_threads(executor_of):
+    steps = Steps()
+    executor = executor_of(steps.launch)
+    executor.submit(make_plan(0))
+    steps.ended.release()
+    executor.close()
+    assert not any(thread.name in ("shard", "results") for thread in threading.enumerate())

@@ -22,7 +22,9 @@ def test_defaults_are_accepted() -> None:
     assert config.models[0].enable_prefix_caching is True
 
 
-@pytest.mark.parametrize("field", ["max_model_len", "replicas", "block_size", "kv_cache_memory", "num_threads"])
+@pytest.mark.parametrize(
+    "field", ["max_model_len", "replicas", "block_size", "kv_cache_memory", "num_threads", "gpu_memory_utilization"]
+)
 @pytest.mark.parametrize("value", [True, False])
 def test_booleans_are_not_taken_for_numbers(field: str, value: bool) -> None:
     assert refusal({field: value}) == (
@@ -70,3 +72,9 @@ def test_memory_sizes(text: object, size: int) -> None:
 @pytest.mark.parametrize("text", ["much", "-1GiB", 0])
 def test_other_memory_sizes_are_refused(text: object) -> None:
     assert refusal({"kv_cache_memory": text}).startswith(f"models.0.kv_cache_memory = {text!r}: ")
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.01, float("nan")])
+def test_a_gpu_is_used_in_part_or_as_a_whole(value: float) -> None:
+    assert refusal({"gpu_memory_utilization": value}).startswith(f"models.0.gpu_memory_utilization = {value!r}: ")
+    assert load_config({"models": [{"model": "a", "gpu_memory_utilization": 1}]}).models[0].gpu_memory_utilization == 1

@@ -5,8 +5,6 @@ Types are Triton's: `*bf16` is a pointer to bfloat16. Every kernel in `kernels/g
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -20,31 +18,9 @@ from ....kernels.gpu.norm import add_rms_norm_kernel, rms_norm_kernel
 from ....kernels.gpu.paged_attention import KINDS, AttentionShape, choose_tiles, warps_for
 from ....kernels.gpu.rotary import rotate_and_store_kernel, rotation_kernel
 from ....kernels.gpu.routing import route_kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileCase:
-    """One specialisation of a kernel."""
-
-    kernel: Any
-    label: str
-    """What it is specialised for."""
-    types: Mapping[str, str]
-    """Of every argument that is not constant."""
-    constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    capabilities: tuple[int, ...] = (80, 90)
-    """Compute capabilities, times ten, that it is meant for."""
-    hot: bool = True
-    """Runs in every layer or for every token: may spill nothing."""
-    unaligned: tuple[str, ...] = ("rows", "eps", "scale", "alpha")
-    """Arguments that are not known to be multiples of 16 (bytes, for pointers)."""
-
-    @property
-    def name(self) -> str:
-        return self.kernel.fn.__name__
-
+from ....kernels.gpu.step import prepare_kernel, record_kernel, update_kernel
+from .compile_case import CompileCase
+from .sampling_compile_cases import SAMPLING_CASES
 
 _FLOATS = ("partial_ptr", "partial_max_ptr", "partial_weight_ptr")
 
@@ -257,5 +233,34 @@ CASES = [
             unaligned=("assignments", "max_blocks"),
         )
         for many in (True, False)
+    ),
+    *SAMPLING_CASES,
+    CompileCase(
+        update_kernel,
+        "int32",
+        {"table_ptr": "*i32", "values_ptr": "*i32", "segments_ptr": "*i32", "table_stride": "i32"},
+        {"BLOCK": 256},
+        unaligned=("table_stride",),
+    ),
+    *(
+        CompileCase(
+            prepare_kernel,
+            f"blocks of 16, {label}",
+            {"rows_ptr": "*i32", "tokens_ptr": "*i32", "tables_ptr": "*i32"}
+            | dict.fromkeys(("token_out_ptr", "position_out_ptr", "slot_out_ptr"), "*i64")
+            | {"tokens_stride": "i32", "tables_stride": "i32"},
+            {"BLOCK_SIZE": 16, "BLOCK": block},
+            num_warps=1,
+            unaligned=("tokens_stride", "tables_stride"),
+        )
+        for label, block in (("decode rows", 1), ("prompts", 256))
+    ),
+    CompileCase(
+        record_kernel,
+        "int64 tokens",
+        {"tokens_ptr": "*i32", "places_ptr": "*i32", "sampled_ptr": "*i64", "count": "i32", "tokens_stride": "i32"},
+        {"BLOCK": 256},
+        num_warps=1,
+        unaligned=("count", "tokens_stride"),
     ),
 ]

@@ -24,7 +24,8 @@ from triton.compiler import ASTSource
 
 from ..options import JsonFile
 from ..report import Column, Report, publish, run_as_program
-from .compile_cases import CASES, CompileCase
+from .compile_case import CompileCase
+from .compile_cases import CASES
 
 WARP = 32
 COLUMNS = [

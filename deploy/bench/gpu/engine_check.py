@@ -12,7 +12,7 @@ from .family_references import LENGTHS, FamilyReference, make_reference
 from .part import PartContext, Row
 from .tiny_models import FAMILIES
 
-NEW_TOKENS, TINY_NEW_TOKENS = 40, 6
+NEW_TOKENS, TINY_NEW_TOKENS = 40, 4
 TINY_LENGTHS, TINY_FAMILIES = (3, 20), ("llama", "gemma2", "qwen3_moe")
 LOAD_REQUESTS, TINY_LOAD_REQUESTS = 96, 6
 LOAD_SHAPE: dict[str, Any] = {
@@ -74,9 +74,11 @@ def check_mixed_load(context: PartContext) -> None:
     held when all are done."""
     model = write_model(context.folder / "load", LLAMA_3_8B, tiny=context.tiny, **({} if context.tiny else LOAD_SHAPE))
     count = TINY_LOAD_REQUESTS if context.tiny else LOAD_REQUESTS
-    longest = 64 if context.tiny else 1024
-    blocks = 2 + (1 if context.tiny else 6) * longest // 16
-    fields = engine_fields(context, max_model_len=longest, max_num_seqs=count // 2, max_num_batched_tokens=256)
+    longest, block_size = (32, 4) if context.tiny else (1024, 16)
+    blocks = 2 + (1 if context.tiny else 6) * longest // block_size
+    fields = engine_fields(
+        context, max_model_len=longest, max_num_seqs=count // 2, max_num_batched_tokens=256, block_size=block_size
+    )
     what = f"mixed load, {count} requests, bfloat16"
     with (
         context.guard(what),

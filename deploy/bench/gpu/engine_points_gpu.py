@@ -17,7 +17,7 @@ from ..engine_points import run_engine, run_point, timed
 from ..mixed_requests import BenchRequest, mixed_requests, wanted_tokens
 from ..peers.points import Point
 from .ceilings import COPY, of_matrix_rate
-from .engine_models import LLAMA_3_8B, QWEN3_0_6B, write_model
+from .engine_models import LLAMA_3_8B, QWEN3_0_6B, TINY_VOCABULARY, write_model
 from .host_gaps import record
 from .part import PartContext, Row, with_unit
 
@@ -36,8 +36,8 @@ def measure_llama(context: PartContext) -> None:
     """Latency, host gaps and prefill in the shape of Llama-3-8B."""
     tiny = context.tiny
     model = write_model(context.folder / "llama-3-8b", LLAMA_3_8B, tiny=tiny)
-    single = Point(1, 8, 8) if tiny else Point(1, 128, 256)
-    batch = Point(4, 8, 12) if tiny else Point(32, 128, 128)
+    single = Point(1, 8, 4) if tiny else Point(1, 128, 256)
+    batch = Point(4, 8, 4) if tiny else Point(32, 128, 128)
     prompts = Point(2, 24, 1) if tiny else Point(4, 2000, 1)
     longest, repeats = (64, 1) if tiny else (2048, REPEATS)
     engine = start(context, model, max_num_seqs=batch.concurrency, max_model_len=longest)
@@ -94,13 +94,13 @@ def measure_qwen(context: PartContext) -> None:
                 )
             )
         with context.guard("0.6B shape: one request at a time"):
-            context.report(one_by_one(engine, requests, at_once, ONE_BY_ONE_SECONDS))
+            context.report(one_by_one(engine, requests, at_once, 0.1 if tiny else ONE_BY_ONE_SECONDS))
 
 
 def mixed_load(tiny: bool) -> list[BenchRequest]:
     """The requests that both this engine and transformers answer."""
     if tiny:
-        return mixed_requests(4, 320, prompt_len=(3, 12), output_len=(3, 8))
+        return mixed_requests(4, TINY_VOCABULARY, prompt_len=(3, 12), output_len=(3, 6))
     return mixed_requests(MIXED_REQUESTS, QWEN3_0_6B["vocab_size"], prompt_len=MIXED_LENGTHS, output_len=MIXED_LENGTHS)
 
 

@@ -51,7 +51,7 @@ def record(run: Callable[[], object]) -> DeviceTimeline:
 
 def device_intervals(events: Iterable[Any]) -> list[tuple[float, float]]:
     """(begin, end) in microseconds of everything that ran on the device, in order."""
-    on_device = (event for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+    on_device = (event for event in events if event.device_type.name == "CUDA")
     return sorted((event.time_range.start, event.time_range.end) for event in on_device)
 
 

@@ -19,6 +19,8 @@ from .paged_step import blocks_needed, paged_step
 from .part import PartContext, Row
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+INTERPRETER_FACTOR = 3
+"""Triton's interpreter cuts bfloat16 off instead of rounding it: errors are larger, and all in one direction."""
 Case = tuple[str, Tensor, Tensor]
 """What was tried, what the kernels say, what it should be."""
 
@@ -54,15 +56,15 @@ def check(context: PartContext) -> None:
             checks.experts,
             checks.lookups,
         ):
-            compare(context, f"{operation.__name__.replace('_', ' ')}, {str(dtype).removeprefix('torch.')}", operation)
+            compare(context, operation, dtype)
 
 
-def compare(context: PartContext, what: str, cases: Callable[[], Iterator[Case]]) -> None:
-    """A row with the worst case."""
+def compare(context: PartContext, cases: Callable[[], Iterator[Case]], dtype: torch.dtype) -> None:
+    """A row with the worst of an operation's cases."""
+    what = f"{cases.__name__.replace('_', ' ')}, {str(dtype).removeprefix('torch.')}"
     with context.guard(what):
         errors = {name: relative_error(got, expected) for name, got, expected in cases()}
-        dtype = getattr(torch, what.rpartition(" ")[2])
-        tolerance = TOLERANCE[dtype]
+        tolerance = TOLERANCE[dtype] * (INTERPRETER_FACTOR if context.device.type == "cpu" else 1)
         # Not `>`: what is not a number is wrong.
         wrong = [f"{name}: {error:.1e}" for name, error in errors.items() if not error <= tolerance]
         worst = max(errors.values(), key=lambda error: math.inf if math.isnan(error) else error)
@@ -101,11 +103,11 @@ class KernelChecks:
             tokens = sum(count for count, _ in rows)
             query = self._random(tokens, heads, head_dim)
             keys, values = (self._cache(rows, kv_heads, head_dim) for _ in range(2))
-            options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
-            got, expected = (
-                kernels.attention(*inputs, kernels.plan(paged_step(rows, self._device), BLOCK_SIZE), **options)
-                for kernels, inputs in self._sides(query, keys, values)
-            )
+            results = []
+            for kernels, (q, k, v) in self._sides(query, keys, values):
+                plan = kernels.plan(paged_step(rows, self._device), BLOCK_SIZE)
+                results.append(kernels.attention(q, k, v, plan, scale=head_dim**-0.5, window=window, softcap=softcap))
+            got, expected = results
             yield f"{heads}/{kv_heads} heads of {head_dim}, window {window}, soft cap {softcap}", got, expected
 
     def rotation(self) -> Iterator[Case]:
@@ -127,11 +129,11 @@ class KernelChecks:
                 norms = (self._weight(head_dim), self._weight(head_dim)) if normalised else None
                 frequencies = 1.0 / 10_000 ** (torch.arange(0, rotary_dim, 2, device=self._device) / rotary_dim)
                 results = []
-                for kernels, inputs in self._sides(qkv, keys, values):
+                for kernels, (x, k, v) in self._sides(qkv, keys, values):
                     plan = kernels.plan(paged_step(rows, self._device), BLOCK_SIZE)
                     rotation = kernels.rotation(plan.metadata.positions, frequencies, 1.0)
-                    query = kernels.rotate_and_store(inputs[0], rotation, *inputs[1:], plan, norms=norms, eps=1e-6)
-                    results.append((query, *inputs[1:]))
+                    query = kernels.rotate_and_store(x, rotation, k, v, plan, norms=norms, eps=1e-6)
+                    results.append((query, k, v))
                 for name, got, expected in zip(("queries", "keys", "values"), *results, strict=True):
                     yield f"{name}, norms {normalised}, {rotary_dim} of {head_dim} turn", got, expected
 
@@ -179,8 +181,8 @@ class KernelChecks:
                 for kernels, inputs in self._sides(x, gate_up, down)
             )
             yield f"{tokens} tokens", got, expected
-            weights = [kernels.route(logits, 2, True)[0] for kernels, _ in self._sides()]
-            yield f"weights of {tokens} tokens", *weights
+            got, expected = (kernels.route(logits, 2, True)[0] for kernels, _ in self._sides())
+            yield f"weights of {tokens} tokens", got, expected
 
     def lookups(self) -> Iterator[Case]:
         """Embedding and argmax; the latter's index must be the very one."""

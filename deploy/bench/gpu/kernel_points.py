@@ -7,6 +7,7 @@ because the engine replays recorded steps (`timing.py`).
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ....actors.kv_cache import KVCache
-from ....cluster.model_spec import ModelSpec, load_spec
+from ....cluster.model_spec import load_spec
 from ....cluster.topology import ShardLayout
 from ....kernels.backend import load_kernels
 from ....kernels.gpu.activation import gated_activation
 from ....kernels.gpu.norm import add_rms_norm
-from ....kernels.interface import Kernels, Plan
 from .ceilings import of_bandwidth, of_matrix_rate
 from .engine_models import LLAMA_3_8B, write_model
 from .paged_step import BLOCK_SIZE, blocks_needed, paged_step
@@ -48,7 +48,7 @@ def measure(context: PartContext) -> None:
         for length in contexts:
             target = DECODE_TARGET if batch == WIDEST else None
             points.attention(f"decode, batch {batch} × {length:,}", [(1, length)] * batch, target)
-    points.attention("decode, skewed lengths", [(1, length) for length in skewed_lengths(context.tiny)])
+    points.attention("decode, skewed lengths", [(1, length) for length in skewed_lengths(context.tiny)], DECODE_TARGET)
     prefill, chunk = (48, 24) if context.tiny else (PREFILL, CHUNK)
     points.attention(f"prefill {prefill:,}", [(prefill, prefill)], PREFILL_TARGET)
     points.attention(f"chunk of {chunk:,} after {prefill - chunk:,}", [(chunk, prefill)])
@@ -86,7 +86,8 @@ class KernelPoints:
             kernels = load_kernels(device, DTYPE)
             plan = kernels.plan(paged_step(rows, device), BLOCK_SIZE)
             query = torch.randn(tokens, spec.num_heads, spec.head_dim, dtype=DTYPE, device=device)
-            calls = [_attend(kernels, query, keys, values, plan, spec) for keys, values in caches]
+            attend = functools.partial(kernels.attention, scale=spec.attention_scale, window=None, softcap=None)
+            calls = [functools.partial(attend, query, keys, values, plan) for keys, values in caches]
             timing = median_seconds(calls, device)
             what += "" if timing.recorded or device.type == "cpu" else ", launched"
             if tokens == len(rows):
@@ -126,8 +127,8 @@ class KernelPoints:
             rotation = kernels.rotation(plan.metadata.positions, frequencies, 1.0)
             qkv = torch.randn(tokens, heads, spec.head_dim, dtype=DTYPE, device=device)
             calls = [
-                lambda qkv=qkv.clone(), keys=keys, values=values: kernels.rotate_and_store(
-                    qkv, rotation, keys, values, plan, norms=None, eps=1e-5
+                functools.partial(
+                    kernels.rotate_and_store, qkv.clone(), rotation, keys, values, plan, norms=None, eps=1e-5
                 )
                 for keys, values in caches
             ]
@@ -149,8 +150,7 @@ class KernelPoints:
                     for _ in range(sets_beyond_cache(moved, device))
                 ]
                 x = torch.randn(batch, spec.hidden_size, dtype=DTYPE, device=device)
-                calls = [lambda linear=linear, x=x: linear(x) for linear in weights]
-                seconds = median_seconds(calls, device).seconds
+                seconds = median_seconds([functools.partial(linear, x) for linear in weights], device).seconds
                 self._context.report(of_bandwidth(self._context, what, moved, seconds))
 
     def _rows(
@@ -164,7 +164,7 @@ class KernelPoints:
             inputs = [
                 torch.randn(tokens, width, dtype=DTYPE, device=device) for _ in range(sets_beyond_cache(moved, device))
             ]
-            seconds = median_seconds([lambda x=x: call(x) for x in inputs], device).seconds
+            seconds = median_seconds([functools.partial(call, x) for x in inputs], device).seconds
             self._context.report(of_bandwidth(self._context, what, moved, seconds, ELEMENTWISE_TARGET))
 
     def _caches(self, layers: int, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
@@ -178,9 +178,3 @@ class KernelPoints:
             keys.normal_()
             values.normal_()
         return caches
-
-
-def _attend(
-    kernels: Kernels, query: Tensor, keys: Tensor, values: Tensor, plan: Plan, spec: ModelSpec
-) -> Callable[[], Tensor]:
-    return lambda: kernels.attention(query, keys, values, plan, scale=spec.attention_scale, window=None, softcap=None)

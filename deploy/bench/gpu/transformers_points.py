@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ..mixed_requests import BenchRequest
+from ..mixed_requests import BenchRequest, wanted_tokens
 from .engine_models import QWEN3_0_6B, write_model
 from .engine_points_gpu import MIXED_RATE, mixed_load
 from .part import PartContext, Row, with_unit
@@ -183,7 +183,11 @@ def stop_manager(manager: Any) -> None:
 
 @torch.inference_mode()
 def static_batches(model: Any, requests: list[BenchRequest], batch_size: int, seconds: float) -> Share:
-    """`generate` on one batch after the other, padded on the left, until the time is over."""
+    """`generate` on one batch after the other, padded on the left, until the time is over.
+
+    Raises:
+        RuntimeError: there is no time.
+    """
     tokens = begun = 0
     begin = time.perf_counter()
     for first in range(0, len(requests), batch_size):
@@ -202,6 +206,6 @@ def static_batches(model: Any, requests: list[BenchRequest], batch_size: int, se
         begun += len(batch)
     synchronize(model.device)
     spent = time.perf_counter() - begin
-    return Share(
-        tokens, spent, begun, begun == len(requests) and spent < seconds, str(model.config._attn_implementation)
-    )
+    if not begun:
+        raise RuntimeError("no time was left for transformers' static batches")
+    return Share(tokens, spent, begun, tokens == wanted_tokens(requests), str(model.config._attn_implementation))

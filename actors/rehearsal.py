@@ -1,0 +1,67 @@
+"""Compiles a GPU's kernels while the weights are still being read.
+
+What Triton compiles depends on the shapes of a shard, not on its weights. So a small decoder of the same shapes, with one
+layer of every kind and random weights, runs the steps of the warm-up; the shard's own find all kernels there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ..cluster.model_spec import ModelSpec
+from ..cluster.topology import ShardLayout
+from ..kernels.gpu.triton_kernels import TritonKernels
+from .collectives import SingleShard
+from .decoder import Decoder
+from .device_runner import DeviceRunner
+from .kv_cache import KVCache
+from .shard_config import ShardConfig
+from .weights import load_weights
+
+
+class Rehearsal(SingleShard):
+    """The collectives of a shard that has its share of every weight and no peers."""
+
+    def __init__(self, layout: ShardLayout) -> None:
+        self._layout = layout
+
+    def all_gather_last_dim(self, x: Tensor) -> Tensor:
+        return x.repeat(1, self._layout.tp_size)
+
+
+def rehearsed_spec(spec: ModelSpec, layout: ShardLayout) -> ModelSpec:
+    """A model with one layer of every kind that the shard has."""
+    kinds = tuple(dict.fromkeys(spec.layers[index] for index in layout.layers(spec)))
+    return msgspec.structs.replace(spec, layers=kinds, num_layers=len(kinds))
+
+
+def rehearse(spec: ModelSpec, config: ShardConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Run every step of the warm-up on a small decoder of this shard's shapes. A device without room for that compiles
+    when it warms up."""
+    layout = dataclasses.replace(config.layout, pp_rank=0, pp_size=1)
+    small = rehearsed_spec(spec, config.layout)
+    try:
+        weights = load_weights(config.folder, small, layout, dtype, device, load_format="dummy")
+        kernels = TritonKernels(device, dtype)
+        collectives = Rehearsal(layout)
+        decoder = Decoder(small, layout, weights, kernels, collectives, config.max_model_len)
+        DeviceRunner(
+            decoder,
+            KVCache(small, layout, 1, config.block_size, dtype, device),
+            small,
+            layout,
+            collectives,
+            kernels,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            device=device,
+            dtype=dtype,
+        ).warm_up(record=False)
+    except torch.OutOfMemoryError:
+        pass
