@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: the model's few hundred kernels of a step are launched as one.
 
-A graph is recorded for every one of a few batch sizes; a step takes the smallest that holds its rows, and the rows that
-are left write to the null block. What changes from step to step (rows, block ids, who attends to what) lies in tensors of
-fixed place and size, which are uploaded before the graph is replayed.
+A graph is recorded for every one of a few batch sizes; a step takes the smallest that holds its rows, and the rows
+that are left write to the null block. What changes from step to step (rows, block ids, who attends to what) lies in
+tensors of fixed place and size, which are uploaded before the graph is replayed.
 
     upload ─▶ [ prepare ─ embed ─ layers ] ─▶ logits ─▶ sample ─▶ record
                        one graph

@@ -255,7 +255,8 @@ class _Layer:
         *,
         last: bool = False,
     ) -> Tensor:
-        """Add the product of a block's last weight, at once where nothing comes in between; the input of what follows."""
+        """Add the product of a block's last weight, at once where nothing comes in between; what follows takes the
+        result."""
         if norm is None and not self._sharded:
             linear.add_to(hidden, x, self._residual_scale)
             if last:

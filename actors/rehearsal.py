@@ -1,7 +1,7 @@
 """Compiles a GPU's kernels while the weights are still being read.
 
-What Triton compiles depends on the shapes of a shard, not on its weights. So a small decoder of the same shapes, with one
-layer of every kind and random weights, runs the steps of the warm-up; the shard's own find all kernels there.
+What Triton compiles depends on the shapes of a shard, not on its weights. So a small decoder of the same shapes, with
+one layer of every kind and random weights, runs the steps of the warm-up; the shard's own find all kernels there.
 """
 
 from __future__ import annotations

@@ -24,15 +24,15 @@ from raytroupe.kernels.native_kernels import NativeKernels
 from raytroupe.kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
-WAYS = ("torch", "native", "recorded", "recorded around the library's products", "triton")
-"""How a decoder's layers can run: in torch, in compiled kernels one by one, in these as one program, which may leave
-the products to torch, or in the kernels for GPUs."""
+WAYS = ("torch", "native", "recorded", "recorded around the library's products")
+"""How a decoder's layers can run on a CPU: in torch, in compiled kernels one by one, or in these as one program, which
+may leave the products to torch. "triton" are the kernels of a GPU, under the interpreter."""
 MAX_TOKENS = 160
 """Of a step of a recorded decoder."""
 
 
 def kernels_for(way: str, dtype: torch.dtype) -> Kernels:
-    """Fresh kernels for one of `WAYS`; skips the test if they were not compiled."""
+    """Fresh kernels for one of `WAYS` or "triton"; skips the test if they were not compiled."""
     if way == "torch":
         return TorchKernels(CPU, dtype)
     if way == "triton":

@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 ITEM_FIELDS = 8
-"""first token, tokens, row of the block tables, position of the first token, first key, end of keys, partial or -1, 0."""
+"""First token, tokens, row of the block tables, position of the first token, first key, end of keys, partial or -1, and
+zero."""
 MERGE_FIELDS = 4
-"""token, first partial, partials, token's index in its tile."""
+"""Token, first partial, partials, token's index in its tile."""
 MIN_ITEM_KEYS = 128
 """Shorter items cost more in launching and merging than they win."""
 

@@ -62,6 +62,17 @@ def test_logits_equal_transformers(family, way):
     assert_same_logits(chunked, expected)
 
 
+def test_the_kernels_of_a_gpu_give_the_same_logits(family):
+    """Chunks and decode rows together; Triton's interpreter is slow, so no more than that."""
+    folder, sequences, expected = family
+    driver = DecoderDriver(folder, sequences, way="triton")
+    driver.step({0: 9, 1: 5, 2: 1})
+    driver.step({0: 1, 1: 24, 2: 20})
+    for index, logits in enumerate(expected):
+        computed = driver.all_logits(index)
+        torch.testing.assert_close(computed, logits[: len(computed)], rtol=0, atol=1e-4)
+
+
 def test_a_recorded_step_is_bit_for_bit_the_one_of_the_same_kernels_called_one_by_one(family):
     folder, sequences, _ = family
     drivers = [DecoderDriver(folder, sequences, way=way) for way in ("native", "recorded")]

@@ -1,4 +1,4 @@
-"""The runner that launches ahead: the same tokens as the one that waits, from Triton's kernels under the interpreter."""
+"""The runner that launches ahead gives the tokens of the one that waits, from Triton's kernels under the interpreter."""
 
 import numpy as np
 import pytest
@@ -27,6 +27,13 @@ def folder(tmp_path_factory):
     return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="module")
+def gpu_shard(folder):
+    """A shard that launches ahead; every test gives its slots to new sequences."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return make_shard(folder, "triton", monkeypatch)
+
+
 def make_shard(folder, choice, monkeypatch):
     monkeypatch.setenv(CHOICE, choice)
     config = ShardConfig(
@@ -44,7 +51,7 @@ def prompt(length, seed):
     return torch.randint(3, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def test_the_same_tokens_as_the_runner_that_waits(folder, monkeypatch):
+def test_the_same_tokens_as_the_runner_that_waits(folder, gpu_shard, monkeypatch):
     """Prompts, chunks, decode steps of several sizes, every option, slots that change hands; two steps in flight."""
     sampled = SamplingParams(
         temperature=0.8, top_p=0.9, top_k=20, seed=5, repetition_penalty=1.3, frequency_penalty=0.2, logprobs=3,
@@ -52,7 +59,7 @@ def test_the_same_tokens_as_the_runner_that_waits(folder, monkeypatch):
     )  # fmt: skip
     results = {}
     for choice, kind in (("torch", ModelRunner), ("triton", DeviceRunner)):
-        shard = make_shard(folder, choice, monkeypatch)
+        shard = gpu_shard if choice == "triton" else make_shard(folder, choice, monkeypatch)
         assert isinstance(shard._runner, kind)
         builder = PlanBuilder(BLOCK_SIZE, NUM_BLOCKS, self_feeding=True)
         plans = []
@@ -80,8 +87,8 @@ def test_the_same_tokens_as_the_runner_that_waits(folder, monkeypatch):
                 assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
-def test_steps_without_a_sampled_row_and_tokens_outside_of_the_vocabulary(folder, monkeypatch):
-    shard = make_shard(folder, "triton", monkeypatch)
+def test_steps_without_a_sampled_row_and_tokens_outside_of_the_vocabulary(gpu_shard):
+    shard = gpu_shard
     builder = PlanBuilder(BLOCK_SIZE, NUM_BLOCKS, self_feeding=True)
     builder.add(0, [VOCAB_SIZE + 5, -3, 4, 5], GREEDY)
     first = shard.run(builder.step({0: 3}))
@@ -91,8 +98,8 @@ def test_steps_without_a_sampled_row_and_tokens_outside_of_the_vocabulary(folder
     assert shard.run(builder.step({1: 4})).tokens == [token]
 
 
-def test_the_largest_step_leaves_no_trace(folder, monkeypatch):
-    shard = make_shard(folder, "triton", monkeypatch)
+def test_the_largest_step_leaves_no_trace(gpu_shard):
+    shard = gpu_shard
     shard._runner.profile()
     builder = PlanBuilder(BLOCK_SIZE, NUM_BLOCKS, self_feeding=True)
     builder.add(0, prompt(9, 0), GREEDY)
@@ -137,9 +144,10 @@ def test_a_step_takes_the_smallest_recording_that_holds_it():
         seen.append(size)
         return inputs["rows"][:, 0] * 2
 
-    graphs = DecodeGraphs(
-        [1, 2, 8], lambda size: {"rows": np.zeros((size, 8), np.int32)}, function, torch.device("cpu")
-    )
+    def arrays(size):
+        return {"rows": np.zeros((size, 8), np.int32)}
+
+    graphs = DecodeGraphs([1, 2, 8], arrays, function, torch.device("cpu"))
     assert seen == [8, 2, 1]
     assert [graphs.fitting(rows) for rows in (1, 2, 3, 8, 9)] == [1, 2, 8, 8, None]
     padding = np.array([-1, 0, 1, 0, -1, 0, 0, 0], np.int32)

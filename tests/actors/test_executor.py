@@ -130,6 +130,10 @@ class Steps:
         self.ended = threading.Semaphore(0)
         self.broken: int | None = None
 
+    def wait_for(self, count: int) -> None:
+        while len(self.launched) < count:
+            time.sleep(0.001)
+
     def launch(self, plan: StepPlan):
         self.launched.append(plan.step)
         return _Pending(self, plan)
@@ -151,16 +155,14 @@ async def test_a_plan_is_launched_while_the_one_before_still_runs(executor_of):
     executor = executor_of(steps.launch)
     for step in range(2):
         executor.submit(make_plan(step))
-    while len(steps.launched) < 2:
-        await asyncio.sleep(0.001)
+    await asyncio.to_thread(steps.wait_for, 2)
     waiting = asyncio.create_task(executor.result())
     await asyncio.sleep(0.01)
     assert not waiting.done()
     steps.ended.release()
     assert (await waiting).step == 0
     executor.submit(make_plan(2))
-    while len(steps.launched) < 3:
-        await asyncio.sleep(0.001)
+    await asyncio.to_thread(steps.wait_for, 3)
     steps.ended.release(2)
     assert [(await executor.result()).step for _ in range(2)] == [1, 2]
 

@@ -16,7 +16,7 @@ import typer
 
 from ..options import JsonFile
 from ..report import run_as_program
-from .run_parts import PACKAGE, Part, run_command
+from .run_parts import PACKAGE, Part, run_command, total_seconds
 
 PARTS = (
     Part("ceilings", f"{PACKAGE}.ceilings:measure", seconds=45, always=True),
@@ -25,7 +25,7 @@ PARTS = (
     Part("qwen-0.6b", f"{PACKAGE}.engine_points_gpu:measure_qwen", seconds=110),
     Part("transformers", f"{PACKAGE}.transformers_points:measure", seconds=120),
 )
-TOTAL_SECONDS = 360.0
+TOTAL_SECONDS = 330.0
 
 
 def main(
@@ -33,11 +33,23 @@ def main(
     only: Annotated[
         str | None, typer.Option(help=f"Parts, separated by commas: {', '.join(part.name for part in PARTS)}.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Parts that do not fit in are not begun.")] = TOTAL_SECONDS,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="Parts that do not fit in are not begun.", show_default=str(TOTAL_SECONDS)),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure on a GPU and print one table."""
-    raise typer.Exit(run_command("gpu bench", PARTS, tiny=tiny, only=only, seconds=seconds, json_file=json_file))
+    raise typer.Exit(
+        run_command(
+            "gpu bench",
+            PARTS,
+            tiny=tiny,
+            only=only,
+            seconds=total_seconds(seconds, TOTAL_SECONDS, tiny=tiny),
+            json_file=json_file,
+        )
+    )
 
 
 if __name__ == "__main__":

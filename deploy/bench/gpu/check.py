@@ -17,7 +17,7 @@ import typer
 
 from ..options import JsonFile
 from ..report import run_as_program
-from .run_parts import PACKAGE, Part, run_command
+from .run_parts import PACKAGE, Part, run_command, total_seconds
 
 PARTS = (
     Part("kernels", f"{PACKAGE}.kernel_check:check", seconds=100),
@@ -32,11 +32,22 @@ def main(
     only: Annotated[
         str | None, typer.Option(help=f"Parts, separated by commas: {', '.join(part.name for part in PARTS)}.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Parts that do not fit in are not begun.")] = TOTAL_SECONDS,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="Parts that do not fit in are not begun.", show_default=str(TOTAL_SECONDS)),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Check the engine on a GPU and print one table."""
-    status = run_command("gpu check", PARTS, tiny=tiny, only=only, seconds=seconds, json_file=json_file, together=True)
+    status = run_command(
+        "gpu check",
+        PARTS,
+        tiny=tiny,
+        only=only,
+        seconds=total_seconds(seconds, TOTAL_SECONDS, tiny=tiny),
+        json_file=json_file,
+        together=True,
+    )
     raise typer.Exit(status)
 
 

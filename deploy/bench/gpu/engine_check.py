@@ -13,7 +13,7 @@ from .part import PartContext, Row
 from .tiny_models import FAMILIES
 
 NEW_TOKENS, TINY_NEW_TOKENS = 40, 4
-TINY_LENGTHS, TINY_FAMILIES = (3, 20), ("llama", "gemma2", "qwen3_moe")
+TINY_LENGTHS, TINY_FAMILIES = (3, 20), ("llama", "qwen3_moe")
 LOAD_REQUESTS, TINY_LOAD_REQUESTS = 96, 6
 LOAD_SHAPE: dict[str, Any] = {
     "hidden_size": 512,

@@ -23,6 +23,7 @@ from .part import DEVICE, Order, Row
 PACKAGE = "raytroupe.deploy.bench.gpu"
 LEAST_SECONDS = 5.0
 """A part that would have less is not begun."""
+TINY_SECONDS = 600.0
 EXIT_NO_GPU, EXIT_INTERRUPTED = 2, 130
 NO_GPU = "error: PyTorch sees no GPU here; --tiny runs the same program with tiny sizes on the CPU"
 ERROR_WIDTH = 29
@@ -44,7 +45,7 @@ class Part:
     function: str
     """`module:function` of what measures; it is called with a `PartContext`."""
     seconds: float
-    """It is ended after so many."""
+    """It is ended after so many; with tiny sizes, which a CPU may be slow at, only the command's limit holds."""
     always: bool = False
     """Runs even if others were chosen, because they need its values."""
 
@@ -99,6 +100,11 @@ def run_command(
     return outcome.exit_status
 
 
+def total_seconds(given: float | None, on_gpu: float, *, tiny: bool) -> float:
+    """How long a command may take: what the user says; else the figure for a GPU, or for tiny sizes on any machine."""
+    return given or (TINY_SECONDS if tiny else on_gpu)
+
+
 def choose(parts: Sequence[Part], only: str | None) -> list[Part]:
     """The parts named in `only`, separated by commas, and those that always run; all without it.
 
@@ -133,7 +139,7 @@ def run_parts(parts: Sequence[Part], *, tiny: bool, seconds: float, began: float
                 rows=str(Path(folder) / part.name),
                 known=outcome.known,
                 tiny=tiny,
-                seconds=min(part.seconds, left),
+                seconds=left if tiny else min(part.seconds, left),
                 began=began,
             )
             start = time.monotonic()

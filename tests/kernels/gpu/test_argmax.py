@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from raytroupe.kernels.gpu.argmax import argmax, split_argmax
-from raytroupe.kernels.torch_kernels import TorchKernels
-
-
-def reference(logits: torch.Tensor) -> torch.Tensor:
-    return TorchKernels().argmax(logits)
+from raytroupe.kernels.sampling import argmax as reference
 
 
 @pytest.mark.launches("split_argmax_kernel", "merge_argmax_kernel")

@@ -1,4 +1,4 @@
-"""Every Triton kernel is tried under the interpreter, compiles for the GPUs that it is meant for, and spills nothing."""
+"""Every Triton kernel is tried under the interpreter, compiles for the GPUs that it is for, and spills nothing."""
 
 from __future__ import annotations
 

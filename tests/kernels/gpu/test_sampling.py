@@ -21,6 +21,8 @@ from raytroupe.kernels.uploads import Uploads
 
 CPU = torch.device("cpu")
 DRAWS = pytest.mark.launches("split_argmax_kernel", "sum_weights_kernel", "list_candidates_kernel", "draw_kernel")
+# numpy warns where a GPU goes on with infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 NO_TOKENS = torch.zeros(1, 1, dtype=torch.int32)
 
 
@@ -137,7 +139,7 @@ def some_logits(rng: np.random.Generator, rows: int, vocab_size: int) -> torch.T
 @DRAWS
 @pytest.mark.launches("weigh_kernel")
 @pytest.mark.parametrize(
-    ("vocab_size", "rows", "candidates"), [(1, 20, 16), (3, 60, 2), (257, 120, 32), (1000, 60, 2048), (5003, 40, 256)]
+    ("vocab_size", "rows", "candidates"), [(1, 6, 16), (3, 16, 2), (257, 24, 32), (1000, 12, 2048), (5003, 12, 256)]
 )
 def test_draws_are_exactly_those_of_the_reference(vocab_size, rows, candidates, generator):
     rng = np.random.default_rng(generator.initial_seed())
@@ -158,7 +160,7 @@ def test_draws_are_exactly_those_of_the_reference(vocab_size, rows, candidates, 
 def test_rows_too_flat_for_the_candidates_are_searched_whole():
     """8 candidates of 700 tokens: every option's border lies outside of them, on equal weights and on single ones."""
     rng = np.random.default_rng(13)
-    options = [(k, p, m) for k in (0, 9, 300, 650) for p in (1.0, 0.05, 0.7, 0.99) for m in (0.0, 0.4)]
+    options = [(k, p, m) for k in (0, 9, 400) for p, m in ((0.05, 0.0), (0.99, 0.4))]
     rows = 2 * len(options)
     logits = torch.from_numpy(rng.normal(0, 0.5, (rows, 700)).astype(np.float32))
     logits[len(options) :] = (logits[len(options) :] * 5).round() / 5
@@ -171,12 +173,18 @@ def test_rows_too_flat_for_the_candidates_are_searched_whole():
 
 @DRAWS
 def test_ties_at_the_border_keep_the_lower_ids():
-    rows = 60
-    flat = torch.zeros(rows, 1000)
+    rows = 15
+    batch = make_batch(
+        rows,
+        temperature=1.0,
+        seed=np.arange(rows),
+        top_k=[4, 0, 500] * (rows // 3),
+        top_p=[1.0, 0.0035, 0.007] * (rows // 3),
+    )
     for candidates in (16, 1024):
-        for filters in ({"top_k": 4}, {"top_p": 0.0035}, {"top_k": 500, "top_p": 0.007}):
-            batch = make_batch(rows, temperature=1.0, seed=np.arange(rows), **filters)
-            assert set(run(flat, batch, candidates=candidates).tokens.tolist()) == {0, 1, 2, 3}
+        tokens = run(torch.zeros(rows, 1000), batch, candidates=candidates).tokens.reshape(-1, 3)
+        assert tokens.max() == 3
+        assert tokens.unique().tolist() == [0, 1, 2, 3]
 
 
 def mixed_batch(rows: int, vocab_size: int, seed: int) -> tuple[torch.Tensor, DeviceBatch, torch.Tensor]:
@@ -214,7 +222,7 @@ def mixed_batch(rows: int, vocab_size: int, seed: int) -> tuple[torch.Tensor, De
 @pytest.mark.launches("penalise_kernel", "edit_logits_kernel", "split_top_logprobs_kernel", "chosen_logprobs_kernel")
 @pytest.mark.parametrize("vocab_size", [37, 1021, 5003])
 def test_a_mixed_batch_is_sampled_like_on_the_host(vocab_size):
-    logits, batch, tokens = mixed_batch(36, vocab_size, seed=vocab_size)
+    logits, batch, tokens = mixed_batch(15, vocab_size, seed=vocab_size)
     got, expected = run(logits, batch, tokens), sample_on_host(logits, batch, tokens)
     assert got.tokens.tolist() == expected.tokens
     for mine, other in zip(got.map(torch.clone).reports(), expected.logprobs, strict=True):
@@ -249,10 +257,10 @@ def take_rows(batch: DeviceBatch, rows: np.ndarray) -> DeviceBatch:
 
 @DRAWS
 def test_a_row_gives_the_same_bits_alone_and_in_any_batch():
-    logits, batch, tokens = mixed_batch(18, 4500, seed=5)
+    logits, batch, tokens = mixed_batch(8, 4500, seed=5)
     together = run(logits, batch, tokens)
     reports = together.reports()
-    groups = [np.array([row]) for row in range(18)] + np.array_split(np.random.default_rng(1).permutation(18), 3)
+    groups = [np.array([row]) for row in range(8)] + np.array_split(np.random.default_rng(1).permutation(8), 3)
     for rows in groups:
         apart = run(logits[torch.from_numpy(rows)], take_rows(batch, rows), tokens)
         assert apart.tokens.tolist() == together.tokens[torch.from_numpy(rows)].tolist()
@@ -289,10 +297,9 @@ def test_one_upload_per_batch_and_rows_that_are_parts_of_longer_ones():
     assert len(calls) == 1
 
 
-@DRAWS
-@pytest.mark.parametrize("filters", [{}, {"top_k": 7}, {"top_p": 0.8}])
-def test_drawn_tokens_have_the_frequencies_of_the_distribution(filters):
-    draws = 1500
+@pytest.mark.launches("sum_weights_kernel", "draw_kernel")
+@pytest.mark.parametrize(("filters", "draws"), [({}, 200), ({"top_p": 0.8}, 50)])
+def test_drawn_tokens_have_the_frequencies_of_the_distribution(filters, draws):
     logits = torch.full((draws, 300), -40.0)
     logits[:, [3, 50, 51, 120, 298]] = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0])
     batch = make_batch(draws, temperature=0.9, seed=7, position=np.arange(draws), **filters)
@@ -322,17 +329,16 @@ def test_drawn_tokens_have_the_frequencies_of_the_distribution(filters):
 )
 def test_invalid_numbers_give_the_tokens_of_the_reference_and_finite_log_probabilities(values):
     options = [
-        (filters, temperature, seed)
+        (filters, temperature)
         for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_p": math.nan})
-        for temperature in (0.0, 1e-4, 1.0, 1e300, math.inf, math.nan)
-        for seed in range(2)
+        for temperature in (0.0, 1.0, 1e300, math.inf, math.nan)
     ]
     columns = {
-        name: [filters.get(name, default) for filters, _, _ in options]
+        name: [filters.get(name, default) for filters, _ in options]
         for name, default in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
     }
     batch = make_batch(
-        len(options), temperature=[t for _, t, _ in options], seed=[s for _, _, s in options], logprobs=4, **columns
+        len(options), temperature=[temperature for _, temperature in options], seed=range(25), logprobs=4, **columns
     )
     logits = torch.tensor([values] * len(options))
     samples = run(logits, batch)
