@@ -19,6 +19,7 @@ INSTALLED := .venv/.installed
 # The interpreter of the GPU commands, which install nothing: it has torch, triton and transformers, and what is missing
 # besides may lie on PYTHONPATH.
 GPU_PYTHON ?= python3
+GPU_NEEDS := torch, triton, transformers, numpy, msgspec, pydantic, psutil, safetensors, typer, rich
 
 .PHONY: help install serve test lint format bench gpu-check gpu-bench clean
 
@@ -67,6 +68,8 @@ bench: $(INSTALLED)
 	@exec $(BIN)/python -m raytroupe.deploy.bench.suite $(ARGS)
 
 gpu-check gpu-bench: gpu-%: .typecheck/raytroupe
+	@$(GPU_PYTHON) -c 'import $(GPU_NEEDS)' || { echo 'error: $(GPU_PYTHON) lacks one of: $(GPU_NEEDS); install it there' \
+		'or name another interpreter: make $@ GPU_PYTHON=…' >&2; exit 2; }
 	@PYTHONPATH="$(CURDIR)/.typecheck$${PYTHONPATH:+:$$PYTHONPATH}" \
 	exec $(GPU_PYTHON) -m raytroupe.deploy.bench.gpu.$* $(ARGS)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -208,7 +209,7 @@ class ShardServer:
                         break
                     plan = decoder.decode(frame)
                     self._check_order(plan)
-                    launched = self._attempt(plan.step, lambda plan=plan: launch(plan))
+                    launched = self._attempt(plan.step, functools.partial(launch, plan))
                     if isinstance(launched, StepResult):
                         self._send(launched)
                     elif launched is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,9 @@ class Replay:
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def capture(self, pool: tuple[int, int]) -> None:
-        """Record the function; it has run before, so that all it needs is compiled and allocated."""
+    def capture(self, pool: Any) -> None:
+        """Record the function into the memory of `pool`, torch's handle. It has run before, so that all it needs is
+        compiled and allocated."""
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog, weights of another replica) may call CUDA meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):

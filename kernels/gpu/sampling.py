@@ -105,7 +105,9 @@ class DeviceSampler:
             # Of the model's distribution, so of logits that nothing will change.
             reported = on_device["reported"]
             if overwritten:
-                copies = torch.empty(len(asked), logits.stride(0), device=logits.device)[:, : self._vocab_size]
+                # As far apart as the rows themselves, so that the same compiled kernels serve both.
+                stride = max(logits.stride(0), self._vocab_size)
+                copies = torch.empty(len(asked), stride, device=logits.device)[:, : self._vocab_size]
                 torch.index_select(logits, 0, reported, out=copies)
                 logprobs = LogProbabilities(copies, on_device["copied"])
             else:

@@ -14,6 +14,7 @@ from ..interface import Experts, Linear, Plan, Program, Rotation
 from ..linear import PlainLinear
 from ..uploads import Uploads
 from . import norm, rotary, routing
+from .argmax import argmax
 from .linear import TritonGatedLinear, TritonLinear
 from .moe import TritonExperts
 from .paged_attention import PagedAttention, TritonPlan
@@ -84,7 +85,7 @@ class TritonKernels:
 
     def argmax(self, logits: Tensor) -> Tensor:
         """See `interface.Kernels`."""
-        return logits.argmax(-1)
+        return argmax(logits)
 
     def add_(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
         """See `interface.Kernels`."""

@@ -1,14 +1,16 @@
-"""The runner that launches ahead gives the tokens of the one that waits, from Triton's kernels under the interpreter."""
+"""The runner that launches ahead gives the tokens of the one that waits; its kernels run under the interpreter."""
 
 import numpy as np
 import pytest
 import torch
+from engine_references import family_reference
 from plan_builder import PlanBuilder
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from raytroupe.actors.decode_graphs import LARGEST, DecodeGraphs, graph_sizes, pad_rows
 from raytroupe.actors.decoder import Decoder
 from raytroupe.actors.device_runner import DeviceRunner
+from raytroupe.actors.local_engine import LocalEngine
 from raytroupe.actors.model_runner import ModelRunner
 from raytroupe.actors.rehearsal import rehearse
 from raytroupe.actors.shard import Shard
@@ -155,3 +157,25 @@ def test_a_step_takes_the_smallest_recording_that_holds_it():
     assert rows[:, 0].tolist() == [4, 4, 4, -1, -1, -1, -1, -1]
     assert rows[:, 3].tolist() == list(range(8))
     assert graphs.run(8, {"rows": rows}).tolist() == [8, 8, 8, -2, -2, -2, -2, -2]
+
+
+def test_the_engine_keeps_two_steps_in_flight_and_answers_as_transformers(tmp_path_factory, monkeypatch):
+    """Through scheduler, loop and executor, with a pool that is too small for all: sequences are preempted."""
+    monkeypatch.setenv(CHOICE, "triton")
+    reference = family_reference("qwen3", tmp_path_factory.getbasetemp() / "families")
+    prompts, new_tokens = reference.prompts[:3], 4
+    longest = max(len(prompt) for prompt in prompts) + new_tokens
+    num_blocks = 1 + -(-longest // BLOCK_SIZE) + 3
+    flights = []
+    with LocalEngine(
+        reference.folder, num_blocks=num_blocks, dtype="float32", device="cpu", block_size=BLOCK_SIZE,
+        max_model_len=longest, max_num_seqs=3, max_num_batched_tokens=32,
+    ) as engine:  # fmt: skip
+        assert isinstance(engine.shard._runner, DeviceRunner)
+        engine.observe = lambda result: flights.append(engine.scheduler.num_in_flight)
+        completions = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=new_tokens))
+        engine.scheduler.check_integrity()
+        assert engine.scheduler.snapshot().blocks_held == 0
+    expected = [answer[:new_tokens] for answer in reference.answers[: len(prompts)]]
+    assert [completion.tokens for completion in completions] == expected
+    assert max(flights) == 2, "a result is taken in and the next plans are out already"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ....kernels.backend import load_kernels
 from ....kernels.interface import Kernels
+from ....kernels.quantised_kv import dequantise, quantise
 from ....kernels.torch_kernels import TorchKernels
 from .paged_step import blocks_needed, paged_step
 from .part import PartContext, Row
@@ -50,7 +51,9 @@ def check(context: PartContext) -> None:
             checks.attention,
             checks.rotation,
             checks.rotate_and_store,
+            checks.eight_bit_cache,
             checks.rms_norm,
+            checks.residual_norm,
             checks.products,
             checks.gated_products,
             checks.experts,
@@ -136,6 +139,56 @@ class KernelChecks:
                     results.append((query, k, v))
                 for name, got, expected in zip(("queries", "keys", "values"), *results, strict=True):
                     yield f"{name}, norms {normalised}, {rotary_dim} of {head_dim} turn", got, expected
+
+    def eight_bit_cache(self) -> Iterator[Case]:
+        """Keys and values stored with scales; then attention over the same cache by both sides."""
+        heads, kv_heads, head_dim = (4, 2, 16) if self._tiny else (32, 8, 128)
+        rows = TINY_ROWS if self._tiny else ROWS
+        tokens = sum(count for count, _ in rows)
+        for stored in self._eight_bit_formats():
+            qkv = self._random(tokens, heads + 2 * kv_heads, head_dim)
+            cache = self._cache(rows, kv_heads, head_dim).float()
+            filled = quantise(cache, stored)
+            frequencies = torch.ones(head_dim // 2, device=self._device)
+            queries, caches = [], []
+            for kernels, (x,) in self._sides(qkv):
+                (k, k_scales), (v, v_scales) = ((part.clone() for part in filled) for _ in range(2))
+                plan = kernels.plan(paged_step(rows, self._device), BLOCK_SIZE)
+                rotation = kernels.rotation(plan.metadata.positions, frequencies, 1.0)
+                scales = (k_scales, v_scales)
+                query = kernels.rotate_and_store(x, rotation, k, v, plan, norms=None, eps=1e-6, scales=scales)
+                queries.append(query)
+                caches.append((k, v, scales))
+            attended = []
+            for (kernels, _), query in zip(self._sides(), queries, strict=True):
+                k, v, scales = caches[0]  # both read what the kernels wrote
+                plan = kernels.plan(paged_step(rows, self._device), BLOCK_SIZE)
+                options = {"scale": head_dim**-0.5, "window": None, "softcap": None}
+                attended.append(kernels.attention(query, k, v, plan, **options, scales=scales))
+            name = str(stored).removeprefix("torch.")
+            yield f"attention over {name}", attended[0], attended[1]
+            # A number may lie a rounding away from where the grid of 8 bits changes; as much as that is no fault.
+            got, expected = (
+                torch.cat((dequantise(k, scales[0], torch.float32), dequantise(v, scales[1], torch.float32)))
+                for k, v, scales in caches
+            )
+            yield f"stored as {name}", expected + (got - expected) / 16, expected
+
+    def _eight_bit_formats(self) -> list[torch.dtype]:
+        """Float8 needs Ada or Hopper."""
+        float8 = self._device.type == "cpu" or torch.cuda.get_device_capability(self._device) >= (8, 9)
+        # The interpreter rounds float8 wrongly where a fraction carries over.
+        return [torch.int8, *([torch.float8_e4m3fn] if float8 and self._device.type != "cpu" else [])]
+
+    def residual_norm(self) -> Iterator[Case]:
+        """The addition to the residual with the norm that follows."""
+        for width in (40, 72) if self._tiny else (1024, 4096, 5000):
+            hidden, x, weight = self._random(9, width), self._random(9, width), self._weight(width)
+            results = []
+            for kernels, (hidden_, x_) in self._sides(hidden, x):
+                results.append((kernels.add_norm(hidden_, x_, 0.5, weight, 1e-6), hidden_))
+            for name, got, expected in zip(("norm", "sum"), *results, strict=True):
+                yield f"{name}, width {width}", got, expected
 
     def rms_norm(self) -> Iterator[Case]:
         """New tensors, in place, and selected rows."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ....kernels.gpu.argmax import merge_argmax_kernel, split_argmax_kernel, split_size, warps
 from ....kernels.gpu.draw import draw_kernel, float_bits
 from ....kernels.gpu.logits import count_tokens_kernel, edit_logits_kernel, penalise_kernel
@@ -21,12 +24,12 @@ BLOCK = split_size(VOCAB)
 WARPS = warps(BLOCK)
 SPLITS = -(-VOCAB // BLOCK)
 SCALE = 2.0 ** weight_bits(VOCAB)
-_CUT = {"BLOCK": BLOCK, "BLOCK_S": SPLITS}
+_CUT: dict[str, Any] = {"BLOCK": BLOCK, "BLOCK_S": SPLITS}
 _LOG_SUMS = {"maxima_ptr": "*fp32", "sums_ptr": "*fp32"}
 _ROW = {"temperature_ptr": "*fp32", "filtered_ptr": "*i32"}
 
 
-def _case(kernel: object, label: str, types: dict[str, str], constants: dict[str, object], warps: int) -> CompileCase:
+def _case(kernel: Any, label: str, types: Mapping[str, str], constants: Mapping[str, Any], warps: int) -> CompileCase:
     unaligned = ("tokens_stride", "entries", "alternatives", "first")
     return CompileCase(kernel, label, types, constants, num_warps=warps, unaligned=unaligned)
 
