@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention_metadata import AttentionMetadata
 from .attention import merge_kernel, paged_attention_kernel
 from .attention_work import ITEM_FIELDS, MERGE_FIELDS, max_items, max_partials, padded, plan_work
+from .tuning import dtype_name, load_tuning
 
 _LOG2_E = 1.4426950408889634
 _MIN_ROWS = 16
@@ -24,7 +25,7 @@ _AMPERE_SHARED_MEMORY = 163 * 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiles:
-    """What a program works on."""
+    """What a program works on, and how many there are."""
 
     rows: int
     """Query rows: tokens times heads of a group."""
@@ -32,7 +33,10 @@ class Tiles:
     """Keys at a time."""
     warps: int
     stages: int
-    """Key tiles that are being loaded or worked on."""
+    """Key tiles that are being loaded or worked on, in the compiler's count."""
+    programs: int
+    """Per multiprocessor, that long rows are cut for: several run at once, and so many in turn that the last ones do
+    not leave the device idle."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,8 +70,8 @@ StepWork = Mapping[tuple[int | None, str], Work]
 
 
 def choose_tiles(shape: AttentionShape, itemsize: int, kind: str, shared_memory: int) -> Tiles:
-    """The largest tiles that need neither spilled registers nor more shared memory than there is
-    (`deploy/bench/gpu/compile_report.py` shows both).
+    """Where nothing was measured: the largest tiles that need neither spilled registers nor more shared memory than
+    there is (`deploy/bench/gpu/compile_report.py` shows both).
 
     Args:
         itemsize: bytes of a query's element.
@@ -75,21 +79,25 @@ def choose_tiles(shape: AttentionShape, itemsize: int, kind: str, shared_memory:
         shared_memory: bytes that one program may have.
     """
     dims = triton.next_power_of_2(shape.head_dim)
-    smallest = max(_MIN_ROWS, triton.next_power_of_2(shape.group))
+    decode = kind == "decode"
     hopper = shared_memory > _AMPERE_SHARED_MEMORY
     if itemsize > 2:
-        return Tiles(max(smallest, 16 if kind == "decode" else 32), 32, 8, 1)
-    if kind == "decode":
+        return fit_group(Tiles(16 if decode else 32, 32, 8, 1, 8 if decode else 2), shape)
+    if decode:
         # A key tile is loaded while another waits and a third is worked on; with the block ids, which come first, the
         # compiler counts five stages.
-        rows, keys, warps, stages = smallest, (64 if dims <= 128 else 32), (4 if dims <= 128 else 8), 5
+        tiles = Tiles(16, 64, 4, 5, 8) if dims <= 128 else Tiles(16, 32, 8, 5, 8)
     else:
-        rows, keys, warps, stages = (128 if dims <= 128 else 64), (64 if hopper and dims <= 128 else 32), 8, 3
-        rows = max(smallest, rows)
-    tiles = 2 if stages > 4 else 1
-    while stages > 1 and (rows + 2 * tiles * keys + rows * keys // dims) * dims * itemsize > shared_memory:
-        stages, tiles = stages - 1, 1
-    return Tiles(rows, keys, warps, stages)
+        tiles = Tiles(128 if dims <= 128 else 64, 64 if hopper and dims <= 128 else 32, 8, 3, 2)
+    tiles = fit_group(tiles, shape)
+    buffers = 2 if tiles.stages > 4 else 1
+    needed = (tiles.rows + 2 * buffers * tiles.keys + tiles.rows * tiles.keys // dims) * dims * itemsize
+    return tiles if needed <= shared_memory else dataclasses.replace(tiles, stages=1)
+
+
+def fit_group(tiles: Tiles, shape: AttentionShape) -> Tiles:
+    """With room for one token's heads at least."""
+    return dataclasses.replace(tiles, rows=max(_MIN_ROWS, tiles.rows, triton.next_power_of_2(shape.group)))
 
 
 def warps_for(tiles: Tiles, scaled: bool) -> int:
@@ -100,25 +108,38 @@ def warps_for(tiles: Tiles, scaled: bool) -> int:
 class PagedAttention:
     """The attention of one shard, with the workspace for partial results."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, num_processors: int, shared_memory: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_processors: int,
+        shared_memory: int,
+        tiles: Tiles | None = None,
+    ) -> None:
         """
         Args:
             num_processors: multiprocessors of the device.
             shared_memory: bytes that one program may have.
+            tiles: to be used for everything, for tuning; None: as was measured on this kind of device, or
+                `choose_tiles`.
         """
+        self._tiles = tiles
+        self._tuning = load_tuning(device)
         self._device, self._dtype = device, dtype
         self._processors, self._shared_memory = num_processors, shared_memory
         self._workspace: dict[tuple[AttentionShape, str], tuple[Tensor, Tensor, Tensor]] = {}
 
     def tiles(self, shape: AttentionShape, kind: str) -> Tiles:
         """For rows of a kind."""
-        return choose_tiles(shape, self._dtype.itemsize, kind, self._shared_memory)
+        exact = {"rows": kind, "dtype": dtype_name(self._dtype)}
+        tiles = self._tiles or self._tuning.find_any("attention", Tiles, exact, {"head_dim": shape.head_dim})
+        if tiles is None:
+            return choose_tiles(shape, self._dtype.itemsize, kind, self._shared_memory)
+        return fit_group(tiles, shape)
 
     def target(self, shape: AttentionShape, kind: str) -> int:
-        """Items that keep the device busy: decode programs wait for memory, several on a processor; and so many in
-        turn that the last ones do not leave it idle."""
-        programs = self._processors * (8 if kind == "decode" else 2)
-        return max(1, programs // shape.kv_heads)
+        """Items that keep the device busy."""
+        return max(1, self._processors * self.tiles(shape, kind).programs // shape.kv_heads)
 
     def host_work(
         self,

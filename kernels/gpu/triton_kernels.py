@@ -24,6 +24,15 @@ _INTERPRETED_PROCESSORS = 4
 _INTERPRETED_SHARED_MEMORY = 96 * 1024
 
 
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory that one program may have)."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS, _INTERPRETED_SHARED_MEMORY
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return torch.cuda.get_device_properties(device).multi_processor_count, shared_memory
+
+
 class TritonKernels:
     """See `interface.Kernels`. Not shared between decoders: attention has a workspace."""
 
@@ -32,13 +41,7 @@ class TritonKernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.saved_bytes = 0
-        if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-            index = torch.cuda.current_device() if device.index is None else device.index
-            shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-        else:
-            processors, shared_memory = _INTERPRETED_PROCESSORS, _INTERPRETED_SHARED_MEMORY
-        self.attend = PagedAttention(device, dtype, processors, shared_memory)
+        self.attend = PagedAttention(device, dtype, *device_limits(device))
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""

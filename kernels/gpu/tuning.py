@@ -51,9 +51,18 @@ class TuningTable:
         Raises:
             LookupError: no entry is for `exact`; the default entries must cover all that the kernels ask for.
         """
+        config = self.find_any(kernel, make, exact, shape)
+        if config is None:
+            raise LookupError(f"tuning.json has no entry of '{kernel}' for {dict(exact)}; add one to '{DEFAULT}'")
+        return config
+
+    def find_any(
+        self, kernel: str, make: type[Config], exact: Mapping[str, str | int], shape: Mapping[str, int]
+    ) -> Config | None:
+        """The same; None if no entry is for `exact`."""
         entries = [entry for part in self._parts for entry in part.get(kernel, ()) if entry["for"] == exact]
         if not entries:
-            raise LookupError(f"tuning.json has no entry of '{kernel}' for {dict(exact)}; add one to '{DEFAULT}'")
+            return None
         return make(**min(entries, key=lambda entry: _distance(entry["shape"], shape))["config"])
 
 

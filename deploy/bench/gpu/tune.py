@@ -3,9 +3,10 @@
     python -m raytroupe.deploy.bench.gpu.tune
     python -m raytroupe.deploy.bench.gpu.tune --experts --seconds 300 --output tuning.json
 
-Products with the weights of Llama-3-8B and Qwen3-0.6B, and with --experts the grouped ones of Qwen3-30B-A3B and
-Mixtral-8x7B. Time is shared out evenly: what compiles slowly tries fewer configurations, the most promising first. The
-table says what became of it: our kernel beside the library's product, for every number of rows that was measured.
+Attention with heads of 128 and 64, products with the weights of Llama-3-8B and Qwen3-0.6B, and with --experts the
+grouped ones of Qwen3-30B-A3B and Mixtral-8x7B. Time is shared out evenly: what compiles slowly tries fewer
+configurations, the most promising first. The table says what became of it: our kernel beside the library's product, for
+every number of rows that was measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ....cluster.errors import ConfigError
 from ....kernels.gpu import tuning
 from ..options import JsonFile
 from ..report import Column, Report, publish, run_as_program
+from .tune_attention import attention_tasks
 from .tune_experts import expert_tasks
 from .tune_linear import linear_tasks
 from .tuning_search import run_all
@@ -49,7 +51,7 @@ def main(
         raise ConfigError("there is no GPU here; kernels are tuned on the kind of GPU that they are to run on")
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    tasks = linear_tasks() + (expert_tasks() if experts else [])
+    tasks = attention_tasks() + linear_tasks() + (expert_tasks() if experts else [])
     content = tuning.read(output if output.exists() else tuning.FILE)
     rows: list[dict[str, Any]] = []
     for tuned in run_all(tasks, device, time.monotonic() + seconds):
