@@ -72,6 +72,7 @@ class DistributedCollectives:
         self._layout = layout
         self._group = group
         self._sending: deque[dist.Work] = deque()
+        self._on_device = dist.get_backend() == "nccl"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._group is not None:
@@ -102,8 +103,9 @@ class DistributedCollectives:
     def close(self) -> None:
         while self._sending:
             work = self._sending.popleft()
-            with contextlib.suppress(RuntimeError):  # the receiver may be gone
-                work.wait(CLOSE_TIMEOUT)
+            if not self._on_device:  # there, the stream would wait and not this thread
+                with contextlib.suppress(RuntimeError):  # the receiver may be gone
+                    work.wait(CLOSE_TIMEOUT)
         if dist.is_initialized():
             dist.destroy_process_group()
 

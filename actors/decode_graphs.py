@@ -45,7 +45,7 @@ class Replay:
     ) -> None:
         self._output: Tensor | None = None
         self._uploads, self._inputs = uploads, inputs
-        self._function = function
+        self._function: Callable[[dict[str, Tensor]], Tensor] | None = function
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, pool: Any) -> None:
@@ -54,17 +54,20 @@ class Replay:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog, weights of another replica) may call CUDA meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            assert self._function is not None
             self._output = self._function(self._inputs)
+        self._function = None  # which refers to the runner, and the runner to this
 
-    def run(self, arrays: Mapping[str, NDArray]) -> Tensor:
-        """Upload the inputs and run; the output is valid until the next run of any replay."""
+    def run(self, arrays: Mapping[str, NDArray]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Upload the inputs and run; output and inputs are valid until the next run of any replay."""
         inputs = self._uploads(arrays)
-        if self._graph is None:
-            return self._function(inputs)
-        assert all(inputs[name].data_ptr() == tensor.data_ptr() for name, tensor in self._inputs.items())
+        if self._function is not None:
+            return self._function(inputs), inputs
+        assert inputs is self._inputs, "the graph reads from where it was recorded"
+        assert self._graph is not None
         self._graph.replay()
         assert self._output is not None
-        return self._output
+        return self._output, inputs
 
 
 class DecodeGraphs:
@@ -99,8 +102,8 @@ class DecodeGraphs:
         """The size that a step of so many rows takes; None: there is none."""
         return next((size for size in self.sizes if size >= rows), None)
 
-    def run(self, size: int, arrays: Mapping[str, NDArray]) -> Tensor:
-        """Run a step of `size` rows with these inputs. Its output is valid until the next."""
+    def run(self, size: int, arrays: Mapping[str, NDArray]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run a step of `size` rows with these inputs; output and inputs on the device, valid until the next run."""
         return self._replays[size].run(arrays)
 
 

@@ -23,7 +23,6 @@ from ..cluster.topology import ShardLayout
 from ..kernels.attention_metadata import AttentionMetadata
 from ..kernels.gpu.paged_attention import AttentionShape
 from ..kernels.gpu.sampling import DeviceSampler, DeviceSamples
-from ..kernels.gpu.sampling_batch import DeviceBatch
 from ..kernels.gpu.step import NO_SLOT, prepare, record
 from ..kernels.gpu.triton_kernels import TritonKernels
 from ..kernels.uploads import Uploads
@@ -32,7 +31,7 @@ from .decode_graphs import DecodeGraphs, graph_sizes, pad_rows
 from .decoder import Decoder
 from .device_tables import DeviceTables
 from .kv_cache import KVCache
-from .pending_step import PendingStep, StepClock, start_copy
+from .pending_step import HostCopies, PendingStep, StepClock
 from .profile_step import largest_step
 from .step_reports import token_logprobs
 from .warm_up import batch_sizes, warm_up_steps
@@ -84,6 +83,7 @@ class DeviceRunner:
         self._uploads, self._place_uploads, self._sample_uploads = Uploads(device), Uploads(device), Uploads(device)
         self._sampler = DeviceSampler(spec.vocab_size, max_num_seqs, device) if layout.last_stage else None
         self._clock = StepClock(device)
+        self._copies = HostCopies(device, max_num_seqs, steps=max(2, layout.pp_size) + 1)
         self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
@@ -99,16 +99,21 @@ class DeviceRunner:
         rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = slots, starts, counts, ends - counts
         rows[:, 4] = [growth.get(slot, -1) for slot in plan.slots] if growth else -1
         timer.begin()
-        hidden = self._forward(rows, counts, starts + counts, plan.decode_rows)
+        hidden, uploaded = self._forward(rows, counts, starts + counts, plan.decode_rows)
         if not self._layout.last_stage:
             return None
-        sampled = np.flatnonzero(np.array(plan.samples, dtype=np.bool_))
-        slots, lengths = slots[sampled], (starts + counts)[sampled]
-        batch = self._tables.sampling.device_batch(slots, lengths) if slots.size else None
-        samples = self._sample(hidden, ends[sampled] - 1, slots, lengths, batch) if slots.size else None
+        samples: DeviceSamples | None = None
+        if any(plan.samples):
+            sampled = np.flatnonzero(np.array(plan.samples, dtype=np.bool_))
+            lengths = (starts + counts)[sampled]
+            if len(sampled) == len(hidden):  # every token is a row that samples
+                samples = self._sample(hidden, None, uploaded["rows"], slots, lengths)
+            else:
+                chosen = self._place_uploads({"last tokens": ends[sampled] - 1, "rows": rows[sampled]})
+                samples = self._sample(hidden, chosen["last tokens"], chosen["rows"], slots[sampled], lengths)
         if not self._layout.is_output:
             return None
-        copies = None if samples is None else samples.map(start_copy)
+        copies = None if samples is None else samples.map(self._copies.start)
         timer.end()
 
         def finish(model_seconds: float, total_seconds: float) -> StepResult:
@@ -131,6 +136,7 @@ class DeviceRunner:
         Args:
             record: False compiles only.
         """
+        # Chunks of a prompt that are long enough to be cut come with every size.
         sized = [self._largest_step(max_num_batched_tokens=size) for size in batch_sizes(self._max_tokens)]
         for plan in (*warm_up_steps(), *sized):
             self.run(plan)
@@ -149,22 +155,24 @@ class DeviceRunner:
 
     def _forward(
         self, rows: NDArray[np.int32], counts: NDArray[np.int64], contexts: NDArray[np.int64], decode_rows: int
-    ) -> Tensor:
-        """This stage's layers: [T, hidden], which have been sent on if there is a next stage."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This stage's layers: [T, hidden], which have been sent on if there is a next stage; and what was uploaded."""
         tokens = int(counts.sum())
         if not self._layout.first_stage:
             self._collectives.recv_hidden(self._received[:tokens])
         size = self._graphs.fitting(tokens) if self._graphs is not None and decode_rows == len(rows) else None
         if size is not None and self._graphs is not None:
-            hidden = self._graphs.run(size, self._decode_inputs(size, rows, contexts))[:tokens]
+            hidden, uploaded = self._graphs.run(size, self._decode_inputs(size, rows, contexts))
+            hidden = hidden[:tokens]
         else:
             work = self._kernels.attend.host_work(
                 self._shape, self._windows, counts, contexts, rows[:, 0].astype(np.int64), decode_rows
             )
-            hidden = self._compute(self._uploads({"rows": rows, **work}), tokens, int(counts.max()), decode_rows)
+            uploaded = self._uploads({"rows": rows, **work})
+            hidden = self._compute(uploaded, tokens, int(counts.max()), decode_rows)
         if not self._layout.last_stage:
             self._collectives.send_hidden(hidden)
-        return hidden
+        return hidden, uploaded
 
     def _compute(self, uploaded: dict[str, Tensor], tokens: int, longest: int, decode_rows: int) -> Tensor:
         """Everything behind the upload, without a look at the host."""
@@ -189,12 +197,15 @@ class DeviceRunner:
     def _decode_inputs(
         self, size: int, rows: NDArray[np.int32], contexts: NDArray[np.int64]
     ) -> dict[str, NDArray[np.int32]]:
-        """Inputs of a recorded step of `size` rows."""
-        work = self._kernels.attend.host_work(
-            self._shape, self._windows, np.ones(len(rows), dtype=np.int64), contexts, rows[:, 0].astype(np.int64),
-            len(rows), padded_rows=size,
-        )  # fmt: skip
-        return {"rows": pad_rows(rows, size, _PADDING), **work}
+        """Inputs of a recorded step of `size` rows. Those that pad it look at one key, anybody's: what they compute is
+        thrown away, but should be numbers."""
+        padded = pad_rows(rows, size, _PADDING)
+        seen = np.ones(size, dtype=np.int64)
+        seen[: len(contexts)] = contexts
+        tables = np.maximum(padded[:, 0], 0).astype(np.int64)
+        one = np.ones(size, dtype=np.int64)
+        work = self._kernels.attend.host_work(self._shape, self._windows, one, seen, tables, size, padded_rows=size)
+        return {"rows": padded, **work}
 
     @torch.inference_mode()
     def _record_graphs(self) -> None:
@@ -213,17 +224,20 @@ class DeviceRunner:
     def _sample(
         self,
         hidden: Tensor,
-        last_tokens: NDArray[np.int64],
+        last_tokens: Tensor | None,
+        rows: Tensor,
         slots: NDArray[np.int64],
         lengths: NDArray[np.int64],
-        batch: DeviceBatch | None,
     ) -> DeviceSamples:
-        """One token for every row that samples; every tensor-parallel rank draws the same from the same logits."""
+        """One token for every row that samples; every tensor-parallel rank draws the same from the same logits.
+
+        Args:
+            last_tokens: [S] int64, index of each row's last token; None: all tokens are.
+            rows: [at least S, 8], as uploaded.
+        """
         assert self._sampler is not None
-        places = np.stack((slots, lengths), 1).astype(np.int32)
-        uploaded = self._place_uploads({"last tokens": last_tokens, "places": places})
-        every = len(last_tokens) == len(hidden)
-        logits = self._decoder.logits(hidden, None if every else uploaded["last tokens"])
+        batch = self._tables.sampling.device_batch(slots, lengths)
+        logits = self._decoder.logits(hidden, last_tokens)
         samples = self._sampler.sample(logits, batch, self._tables.tokens, self._sample_uploads)
-        record(self._tables.tokens, uploaded["places"], samples.tokens)
+        record(self._tables.tokens, rows, samples.tokens)
         return samples

@@ -21,7 +21,12 @@ class Stage(enum.Enum):
     STEP = "running a step"
 
 
-_SAID_BY_LIBRARIES = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+_SAID_BY_LIBRARIES = (
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+)
 """In the RuntimeErrors of Triton, NCCL and CUDA's libraries, in lower case."""
 
 

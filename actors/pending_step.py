@@ -11,11 +11,27 @@ from torch import Tensor
 from ..cluster.step import StepResult
 
 
-def start_copy(tensor: Tensor) -> Tensor:
-    """A copy on the host, complete when the device's stream has got there; the caller waits for that."""
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+class HostCopies:
+    """Copies of results on the host, for as many steps as may be under way.
+
+    Sampled tokens go to pinned memory that is allocated once: asking for some in every step may have to wait for the
+    device, after a recording has emptied torch's cache of it.
+    """
+
+    def __init__(self, device: torch.device, max_num_seqs: int, *, steps: int) -> None:
+        """`steps`: whose results may not have been read yet, the one being launched included."""
+        self._pinned = device.type == "cuda"
+        self._tokens = [torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=self._pinned) for _ in range(steps)]
+        self._next = 0
+
+    def start(self, tensor: Tensor) -> Tensor:
+        """A copy that is complete when the device's stream has got there; the caller waits for that."""
+        if tensor.dtype == torch.int64 and tensor.dim() == 1:
+            target = self._tokens[self._next][: len(tensor)]
+            self._next = (self._next + 1) % len(self._tokens)
+        else:  # log-probabilities, which few ask for
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        return target.copy_(tensor, non_blocking=True)
 
 
 class StepClock:

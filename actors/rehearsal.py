@@ -19,6 +19,7 @@ from .collectives import SingleShard
 from .decoder import Decoder
 from .device_runner import DeviceRunner
 from .kv_cache import KVCache
+from .out_of_memory import is_out_of_memory
 from .shard_config import ShardConfig
 from .weights import load_weights
 
@@ -63,5 +64,6 @@ def rehearse(spec: ModelSpec, config: ShardConfig, device: torch.device, dtype: 
             device=device,
             dtype=dtype,
         ).warm_up(record=False)
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise

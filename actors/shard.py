@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -131,6 +132,10 @@ class Shard:
                 self._runner = self._new_runner(num_blocks)
             with self.clock.phase(startup.WARM_UP):
                 self._runner.warm_up()
+        if self.device.type == "cuda":
+            # What is there now stays; a search for garbage in it would hold up a step.
+            gc.collect()
+            gc.freeze()
 
     def launch(self, plan: StepPlan) -> StepResult | Pending | None:
         """Start a plan; None unless this is the output shard. See `Runner.launch`.
@@ -183,6 +188,10 @@ class Shard:
     def close(self) -> None:
         """Leave the group and free the device's memory."""
         self._runner = self._decoder = self._kernels = None
+        if self.device.type == "cuda":
+            gc.collect()  # graphs hold collectives, which cannot end before them
         if self._collectives is not None:
             self._collectives.close()
             self._collectives = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

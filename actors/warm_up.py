@@ -23,10 +23,11 @@ def warm_up_steps() -> list[StepPlan]:
 
 
 def batch_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Tokens of further steps, for kernels whose tiles depend on the size of the batch."""
+    """Tokens of further steps, for kernels whose tiles depend on the size of the batch: all powers of two, and the
+    largest step."""
     sizes = []
-    size = 64
+    size = 16
     while size < max_num_batched_tokens:
         sizes.append(size)
-        size *= 4
-    return sizes
+        size *= 2
+    return [*sizes, max_num_batched_tokens]

@@ -168,7 +168,8 @@ class LogProbabilities:
         self._block = split_size(self._vocab_size)
         self._splits = triton.cdiv(self._vocab_size, self._block)
         self._block_s = triton.next_power_of_2(self._splits)
-        self._maxima, self._sums = torch.empty(2, len(rows), self._splits, device=logits.device)
+        # Two tensors: a part of one would begin at a place that depends on the rows, and be compiled for anew.
+        self._maxima, self._sums = (torch.empty(len(rows), self._splits, device=logits.device) for _ in range(2))
         split_log_sum_kernel[(self._splits, len(rows))](
             logits, rows, self._maxima, self._sums, logits.stride(0), self._vocab_size, BLOCK=self._block,
             num_warps=warps(self._block),

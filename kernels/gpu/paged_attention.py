@@ -162,7 +162,7 @@ class PagedAttention:
         first_tokens = np.cumsum(counts) - counts
         arrays = {}
         for kind, rows in (("decode", slice(0, decode_rows)), ("prefill", slice(decode_rows, None))):
-            if not len(counts[rows]) and (kind == "prefill" or padded_rows is None):
+            if not len(counts[rows]):
                 continue
             tiles, target = self.tiles(shape, kind), self.target(shape, kind)
             for window in windows:

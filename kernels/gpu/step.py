@@ -59,11 +59,13 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def record_kernel(tokens_ptr, places_ptr, sampled_ptr, count, tokens_stride, BLOCK: tl.constexpr):
-    """Write sampled tokens [count] int64 behind their sequences; a place is (slot, position)."""
+    """Write sampled tokens [count] int64 behind their sequences; a place is the row of `prepare_kernel` that the token
+    was sampled from."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
-    slot = tl.load(places_ptr + 2 * index, mask=mask, other=0).to(tl.int64)
-    position = tl.load(places_ptr + 2 * index + 1, mask=mask, other=0)
+    slot = tl.load(places_ptr + 8 * index, mask=mask, other=0).to(tl.int64)
+    position = tl.load(places_ptr + 8 * index + 1, mask=mask, other=0)
+    position += tl.load(places_ptr + 8 * index + 2, mask=mask, other=0)
     token = tl.load(sampled_ptr + index, mask=mask, other=0)
     tl.store(tokens_ptr + slot * tokens_stride + position, token.to(tl.int32), mask=mask)
 
@@ -101,9 +103,9 @@ def prepare(
     )  # fmt: skip
 
 
-def record(tokens: Tensor, places: Tensor, sampled: Tensor) -> None:
-    """Write sampled tokens [S] int64 to `tokens` at `places` [S, 2] int32: slot, position."""
+def record(tokens: Tensor, rows: Tensor, sampled: Tensor) -> None:
+    """Write sampled tokens [S] int64 to `tokens`, behind the `rows` [at least S, 8] int32 that they belong to."""
     count = len(sampled)
     record_kernel[(triton.cdiv(count, _BLOCK),)](
-        tokens, places, sampled, count, tokens.stride(0), BLOCK=_BLOCK, num_warps=1
+        tokens, rows, sampled, count, tokens.stride(0), BLOCK=_BLOCK, num_warps=1
     )

@@ -15,8 +15,10 @@ from raytroupe.actors.model_runner import ModelRunner
 from raytroupe.actors.rehearsal import rehearse
 from raytroupe.actors.shard import Shard
 from raytroupe.actors.shard_config import ShardConfig
+from raytroupe.actors.warm_up import batch_sizes
 from raytroupe.cluster.model_spec import load_spec
 from raytroupe.cluster.request import SamplingParams
+from raytroupe.cluster.step import StepResult
 from raytroupe.cluster.topology import ShardLayout
 from raytroupe.kernels.backend import CHOICE
 
@@ -49,6 +51,10 @@ def make_shard(folder, choice, monkeypatch):
     return shard
 
 
+def awaited(step):
+    return step if isinstance(step, StepResult) else step.result()
+
+
 def prompt(length, seed):
     return torch.randint(3, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -75,10 +81,12 @@ def test_the_same_tokens_as_the_runner_that_waits(folder, gpu_shard, monkeypatch
         plans += [builder.step({0: 1, 2: 1, 5: 1}) for _ in range(10)]
         builder.add(0, prompt(1, 4), sampled)
         plans += [builder.step({0: 1, 1: 1, 2: 1, 5: 1}) for _ in range(2)]
-        launched = []
+        launched, results[choice] = [], []
         for plan in plans:
             launched.append(shard.launch(plan))
-        results[choice] = [step if kind is ModelRunner else step.result() for step in launched]
+            if len(launched) == 2:
+                results[choice].append(awaited(launched.pop(0)))
+        results[choice].append(awaited(launched.pop()))
     for mine, theirs in zip(results["triton"], results["torch"], strict=True):
         assert (mine.step, mine.tokens) == (theirs.step, theirs.tokens)
         assert (mine.logprobs is None) == (theirs.logprobs is None)
@@ -126,7 +134,7 @@ def test_a_rehearsal_needs_no_weights_and_no_peers(family, tp_size, tmp_path, mo
     )
     rehearse(spec, config, torch.device("cpu"), torch.float32)
     assert set(windows) == {len(set(spec.layers))}
-    assert len(windows) == 4, "two prompts and two decode steps"
+    assert len(windows) == 4 + len(batch_sizes(16)), "two prompts, two decode steps, and batches of every size"
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 64, 100, 256, 600, 4096])
@@ -156,7 +164,9 @@ def test_a_step_takes_the_smallest_recording_that_holds_it():
     rows = pad_rows(np.full((3, 8), 4, np.int32), 8, padding)
     assert rows[:, 0].tolist() == [4, 4, 4, -1, -1, -1, -1, -1]
     assert rows[:, 3].tolist() == list(range(8))
-    assert graphs.run(8, {"rows": rows}).tolist() == [8, 8, 8, -2, -2, -2, -2, -2]
+    output, inputs = graphs.run(8, {"rows": rows})
+    assert torch.equal(inputs["rows"], torch.from_numpy(rows))
+    assert output.tolist() == [8, 8, 8, -2, -2, -2, -2, -2]
 
 
 def test_the_engine_keeps_two_steps_in_flight_and_answers_as_transformers(tmp_path_factory, monkeypatch):

@@ -39,7 +39,8 @@ def test_ids_positions_and_slots_of_rows_of_any_length():
 @pytest.mark.launches("record_kernel")
 def test_sampled_tokens_stand_behind_their_sequences():
     tokens = torch.zeros(3, 10, dtype=torch.int32)
-    record(tokens, int32([[2, 9], [0, 1]]), torch.tensor([50, 60]))
+    rows = [[2, 4, 5, 0, -1, 0, 0, 0], [0, 0, 1, 5, 7, 0, 0, 0], [1, 0, 1, 6, -1, 0, 0, 0]]
+    record(tokens, int32(rows), torch.tensor([50, 60]))
     assert tokens[2, 9] == 50
     assert tokens[0, 1] == 60
     assert tokens.sum() == 110
