@@ -34,7 +34,7 @@ from .kv_cache import KVCache
 from .pending_step import HostCopies, PendingStep, StepClock
 from .profile_step import largest_step
 from .step_reports import token_logprobs
-from .warm_up import batch_sizes, warm_up_steps
+from .warm_up import batch_sizes, long_chunk, warm_up_steps
 
 _PADDING = np.array([NO_SLOT, 0, 1, 0, -1, 0, 0, 0], dtype=np.int32)
 
@@ -61,7 +61,8 @@ class DeviceRunner:
         """`kernels` are those of the decoder; `dtype` is that of the hidden states that pass between stages."""
         self._decoder, self._kv_cache, self._kernels = decoder, kv_cache, kernels
         self._spec, self._layout, self._collectives = spec, layout, collectives
-        self._block_size, self._max_tokens, self._device = block_size, max_num_batched_tokens, device
+        self._block_size, self._max_model_len, self._max_tokens = block_size, max_model_len, max_num_batched_tokens
+        self._device = device
         self._graph_sizes = graph_sizes(min(max_num_seqs, max_num_batched_tokens))
         self._largest_step = functools.partial(
             largest_step,
@@ -136,9 +137,9 @@ class DeviceRunner:
         Args:
             record: False compiles only.
         """
-        # Chunks of a prompt that are long enough to be cut come with every size.
+        chunk = long_chunk(self._max_model_len, self._block_size)
         sized = [self._largest_step(max_num_batched_tokens=size) for size in batch_sizes(self._max_tokens)]
-        for plan in (*warm_up_steps(), *sized):
+        for plan in (*warm_up_steps(), chunk, *sized):
             self.run(plan)
         if record:
             self._record_graphs()

@@ -22,12 +22,22 @@ def warm_up_steps() -> list[StepPlan]:
     return steps
 
 
+def long_chunk(max_model_len: int, block_size: int) -> StepPlan:
+    """The last tokens of the longest prompt: attention divides it among programs."""
+    length = max_model_len - 1
+    count = min(2, length)
+    new = [NewSequence(0, [0] * length, length, GREEDY)]
+    blocks = [NULL_BLOCK] * -(-length // block_size)
+    decode_rows = int(count == 1)
+    return StepPlan(-1, new, [0], [length - count], [count], [True], decode_rows, [(0, blocks)], [])
+
+
 def batch_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Tokens of further steps, for kernels whose tiles depend on the size of the batch: all powers of two, and the
-    largest step."""
+    """Tokens of further steps, for kernels whose tiles depend on the size of the batch: powers of two and the sizes
+    half-way between, up to the largest."""
     sizes = []
     size = 16
     while size < max_num_batched_tokens:
-        sizes.append(size)
+        sizes += [size, size * 3 // 2]
         size *= 2
-    return [*sizes, max_num_batched_tokens]
+    return [*(size for size in sizes if size < max_num_batched_tokens), max_num_batched_tokens]

@@ -167,9 +167,9 @@ def paged_attention_kernel(
 @triton.jit
 def merge_kernel(
     out_ptr, partial_ptr, partial_max_ptr, partial_weight_ptr, merges_ptr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (query head, merge): the parts of one token and head, in the order of their keys."""
+    """Program (query head, merge): the parts of one token and head, PARTS at a time."""
     head = tl.program_id(0)
     heads = tl.num_programs(0)
     merge_ptr = merges_ptr + tl.program_id(1) * 4
@@ -183,15 +183,21 @@ def merge_kernel(
     sums = tl.zeros([DIMS], dtype=tl.float32)
     maximum = float("-inf")
     weight = 0.0
-    for partial in range(first, first + count):
-        at = (partial * (heads // GROUP) + head // GROUP).to(tl.int64) * ROWS + row
-        part_max = tl.load(partial_max_ptr + at)
-        part = tl.load(partial_ptr + at * DIMS + dims, mask=dims < HEAD_DIM, other=0.0)
-        higher = tl.maximum(maximum, part_max)
-        reference = tl.where(higher == float("-inf"), 0.0, higher)  # a window may hide a whole part
+    parts = tl.arange(0, PARTS)
+    for start in range(0, count, PARTS):
+        present = start + parts < count
+        at = ((first + start + parts) * (heads // GROUP) + head // GROUP).to(tl.int64) * ROWS + row
+        part_max = tl.load(partial_max_ptr + at, mask=present, other=float("-inf"))
+        part_weight = tl.load(partial_weight_ptr + at, mask=present, other=0.0)
+        part = tl.load(
+            partial_ptr + at[:, None] * DIMS + dims[None, :],
+            mask=present[:, None] & (dims < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        higher = tl.maximum(maximum, tl.max(part_max, 0))
+        reference = tl.where(higher == float("-inf"), 0.0, higher)  # a window may hide whole parts
         shrink, grow = tl.exp2(maximum - reference), tl.exp2(part_max - reference)
-        sums = sums * shrink + part * grow
-        weight = weight * shrink + tl.load(partial_weight_ptr + at) * grow
+        sums = sums * shrink + tl.sum(part * grow[:, None], 0)
+        weight = weight * shrink + tl.sum(part_weight * grow, 0)
         maximum = higher
     at = (token * heads + head) * HEAD_DIM + dims
     tl.store(out_ptr + at, (sums / weight).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_SMALL_BLOCK = 256
 _BLOCK = 4096
 """The most assignments that a program looks at together."""
 _COUNT_INSIDE = 1024
@@ -115,7 +116,7 @@ def sort_by_expert(ids: Tensor, num_experts: int, block_m: int) -> SortedAssignm
     if has_counts:
         counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
         count_experts_kernel[(num_experts,)](ids, counts, assignments, BLOCK=_BLOCK, num_warps=8)
-    block = min(_BLOCK, max(32, triton.next_power_of_2(assignments)))
+    block = _SMALL_BLOCK if assignments <= _SMALL_BLOCK else _BLOCK  # each is compiled
     sort_by_expert_kernel[(num_experts,)](
         ids, counts, order, block_experts, assignments, num_experts, blocks,
         HAS_COUNTS=has_counts, BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(num_experts), BLOCK=block,

@@ -19,6 +19,8 @@ from .tuning import dtype_name, load_tuning
 _LOG2_E = 1.4426950408889634
 _MIN_ROWS = 16
 """Of a matrix unit's operand."""
+_PARTS = 16
+"""Parts of a row that are merged at a time."""
 _AMPERE_SHARED_MEMORY = 163 * 1024
 """Bytes that a program may have on an A100; a Hopper GPU gives 227 KiB."""
 
@@ -233,7 +235,7 @@ class PagedAttention:
             )  # fmt: skip
             if len(part.merges):
                 merge_kernel[(heads, len(part.merges))](
-                    out, *partials, part.merges, **constants, ROWS=tiles.rows, num_warps=1
+                    out, *partials, part.merges, **constants, ROWS=tiles.rows, PARTS=_PARTS, num_warps=4
                 )
         return out.view(tokens, heads * head_dim)
 

@@ -134,7 +134,7 @@ def test_a_rehearsal_needs_no_weights_and_no_peers(family, tp_size, tmp_path, mo
     )
     rehearse(spec, config, torch.device("cpu"), torch.float32)
     assert set(windows) == {len(set(spec.layers))}
-    assert len(windows) == 4 + len(batch_sizes(16)), "two prompts, two decode steps, and batches of every size"
+    assert len(windows) == 5 + len(batch_sizes(16)), "prompts, decode steps, a long chunk, and batches of every size"
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 64, 100, 256, 600, 4096])

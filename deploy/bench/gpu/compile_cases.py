@@ -112,8 +112,8 @@ CASES = [
         merge_kernel,
         "bf16, head 128",
         {"out_ptr": "*bf16", "merges_ptr": "*i32"} | dict.fromkeys(_FLOATS, "*fp32"),
-        {"GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128},
-        num_warps=1,
+        {"GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128, "PARTS": 16},
+        num_warps=4,
     ),
     CompileCase(
         rms_norm_kernel,
@@ -228,7 +228,7 @@ CASES = [
             f"128 experts, {'many' if many else 'few'}",
             dict.fromkeys(("ids_ptr", "counts_ptr", "sorted_ptr", "block_experts_ptr"), "*i32")
             | dict.fromkeys(("assignments", "num_experts", "max_blocks"), "i32"),
-            {"HAS_COUNTS": many, "BLOCK_M": 64 if many else 16, "BLOCK_E": 128, "BLOCK": 4096 if many else 512},
+            {"HAS_COUNTS": many, "BLOCK_M": 64 if many else 16, "BLOCK_E": 128, "BLOCK": 4096 if many else 256},
             num_warps=8 if many else 4,
             unaligned=("assignments", "max_blocks"),
         )
