@@ -24,14 +24,13 @@ from torch import Tensor
 
 from ..kernels.uploads import ALIGNMENT, Uploads
 
-_FINE = 8
-"""Up to here sizes are powers of two; then they are multiples of 8, of 16 from 64 on and of 32 from 256 on."""
 LARGEST = 512
 """Larger batches are launched kernel by kernel: each of them works long enough."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to record, ascending; the last is `max_num_seqs` or `LARGEST`."""
+    """Batch sizes to record, ascending; the last is `max_num_seqs` or `LARGEST`. Up to 8 they are powers of two, then
+    multiples of 8, of 16 from 64 on and of 32 from 256 on."""
     last = min(max_num_seqs, LARGEST)
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, LARGEST + 1, 32)]
     return [*(size for size in sizes if size < last), last]

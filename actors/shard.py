@@ -83,7 +83,7 @@ class Shard:
         config = self.config
         with out_of_memory_named(Stage.WEIGHTS, config):
             kernels = self._kernels = load_kernels(self.device, self.dtype)
-            compiling = Background(self._rehearsal() if self.device.type == "cuda" else None, "compile-kernels")
+            compiling = Background(self._rehearsal(), "compile-kernels")
             with self.clock.phase(startup.WEIGHTS):
                 weights = load_weights(
                     config.folder,
@@ -160,7 +160,7 @@ class Shard:
     def _rehearsal(self) -> Callable[[], None] | None:
         """What compiles the kernels of a GPU; None if nothing needs compiling."""
         assert self._kernels is not None
-        if not self._kernels.steps_on_device:
+        if not self._kernels.steps_on_device or self.device.type == "cpu":  # Triton's interpreter compiles nothing
             return None
         from .rehearsal import rehearse  # a CPU does without Triton
 

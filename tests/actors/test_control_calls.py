@@ -41,7 +41,7 @@ class Replica:
         self.scheduler = Scheduler(LIMITS)
         self.sender = TokenSender(self.clock)
         shard = SimulatedShard(LIMITS.num_blocks, LIMITS.block_size, LIMITS.max_num_seqs, self_feeding=True)
-        self.executor = LocalExecutor(shard.launch)
+        self.executor = LocalExecutor(shard.run)
         self.engine = EngineLoop(self.scheduler, self.executor, lambda outputs: self.calls.publish(outputs))
         self.calls = ControlCalls(self.engine, self.sender)
 

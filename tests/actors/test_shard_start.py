@@ -22,7 +22,6 @@ from raytroupe.cluster.errors import CheckpointError, ConfigError, EngineError
 from raytroupe.cluster.request import SamplingParams
 from raytroupe.cluster.startup import PHASES
 from raytroupe.cluster.step import NewSequence, StepPlan, StepResult
-from raytroupe.kernels.torch_kernels import TorchKernels
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
@@ -50,14 +49,6 @@ def shard(folder):
     shard.close()
 
 
-class CompiledKernels(TorchKernels):
-    """Compiling takes as long as the test wants."""
-
-    def __init__(self, work) -> None:
-        super().__init__(torch.device("cpu"), torch.float32)
-        self.warm_up = work
-
-
 def test_kernels_are_compiled_in_a_thread_while_weights_are_read(shard, monkeypatch):
     """Each waits for the other to have begun: neither would end if they came one after the other."""
     reading, compiling = threading.Event(), threading.Event()
@@ -72,7 +63,7 @@ def test_kernels_are_compiled_in_a_thread_while_weights_are_read(shard, monkeypa
         reading.set()
         assert compiling.wait(60)
 
-    monkeypatch.setattr(shard_module, "load_kernels", lambda device, dtype: CompiledKernels(compile_kernels))
+    monkeypatch.setattr(Shard, "_rehearsal", lambda shard: compile_kernels)
     shard.load(progress)
     assert threads[0] is not threading.current_thread()
     assert not threads[0].is_alive()
@@ -83,14 +74,14 @@ def test_a_fault_of_compiling_ends_the_start(shard, monkeypatch):
     def fail() -> None:
         raise ValueError("no such instruction")
 
-    monkeypatch.setattr(shard_module, "load_kernels", lambda device, dtype: CompiledKernels(fail))
+    monkeypatch.setattr(Shard, "_rehearsal", lambda shard: fail)
     with pytest.raises(ValueError, match="no such instruction"):
         shard.load()
 
 
 def test_a_fault_of_reading_does_not_wait_for_compiling(shard, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(shard_module, "load_kernels", lambda device, dtype: CompiledKernels(release.wait))
+    monkeypatch.setattr(Shard, "_rehearsal", lambda shard: release.wait)
 
     def fail(*arguments, **options) -> None:
         raise CheckpointError("model.safetensors is gone")

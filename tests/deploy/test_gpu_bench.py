@@ -120,7 +120,7 @@ def test_a_command_fills_its_table_and_file(measured):
 
 def test_every_figure_that_has_a_target_is_compared(measured):
     name, _, content = measured
-    wanted = {"check": 18, "bench": 11 + torch.cuda.is_available()}[name]
+    wanted = {"check": 22, "bench": 11 + torch.cuda.is_available()}[name]
     assert sum("ratio" in row and "target" in row for row in content["rows"]) == wanted
 
 

@@ -42,7 +42,9 @@ def check_families(context: PartContext) -> None:
 def answers(context: PartContext, reference: FamilyReference, new_tokens: int) -> list[list[int]]:
     """The engine's tokens for the reference's prompts."""
     longest = max(map(len, reference.prompts)) + new_tokens
-    fields = engine_fields(context, max_model_len=longest, max_num_seqs=8, max_num_batched_tokens=64)
+    fields = engine_fields(
+        context, max_model_len=longest, max_num_seqs=8, max_num_batched_tokens=24 if context.tiny else 64
+    )
     with LocalEngine(reference.folder, dtype="float32", block_size=8, num_blocks=256, **fields) as engine:
         completions = engine.generate(reference.prompts, SamplingParams(temperature=0, max_tokens=new_tokens))
     return [completion.tokens for completion in completions]
@@ -77,7 +79,11 @@ def check_mixed_load(context: PartContext) -> None:
     longest, block_size = (32, 4) if context.tiny else (1024, 16)
     blocks = 2 + (1 if context.tiny else 6) * longest // block_size
     fields = engine_fields(
-        context, max_model_len=longest, max_num_seqs=count // 2, max_num_batched_tokens=256, block_size=block_size
+        context,
+        max_model_len=longest,
+        max_num_seqs=count // 2,
+        max_num_batched_tokens=24 if context.tiny else 256,
+        block_size=block_size,
     )
     what = f"mixed load, {count} requests, bfloat16"
     with (

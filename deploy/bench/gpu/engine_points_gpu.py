@@ -116,7 +116,7 @@ def start(context: PartContext, model: Any, *, max_num_seqs: int, max_model_len:
             device=context.device.type,
             load_format="dummy",
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max(64, max_num_seqs) if context.tiny else 8192,
+            max_num_batched_tokens=max(24, max_num_seqs) if context.tiny else 8192,
             max_model_len=max_model_len,
             enable_prefix_caching=False,
             **cpu,
