@@ -84,6 +84,7 @@ class DeviceRunner:
         self._uploads, self._place_uploads, self._sample_uploads = Uploads(device), Uploads(device), Uploads(device)
         self._sampler = DeviceSampler(spec.vocab_size, max_num_seqs, device) if layout.last_stage else None
         self._clock = StepClock(device)
+        self._nothing = torch.empty(0, dtype=torch.int32, device=device)
         self._copies = HostCopies(device, max_num_seqs, steps=max(2, layout.pp_size) + 1)
         self._graphs: DecodeGraphs | None = None
 
@@ -183,8 +184,8 @@ class DeviceRunner:
         metadata = AttentionMetadata(
             positions=positions,
             slot_mapping=slots,
-            query_start=rows[:, 3],
-            context_lens=rows[:, 1],
+            query_start=self._nothing,
+            context_lens=self._nothing,
             block_tables=tables.block_tables,
             decode_rows=decode_rows,
             counts=[],

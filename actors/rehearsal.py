@@ -20,6 +20,7 @@ from .decoder import Decoder
 from .device_runner import DeviceRunner
 from .kv_cache import KVCache
 from .out_of_memory import is_out_of_memory
+from .runner import new_runner
 from .shard_config import ShardConfig
 from .weights import load_weights
 
@@ -50,20 +51,10 @@ def rehearse(spec: ModelSpec, config: ShardConfig, device: torch.device, dtype: 
         kernels = TritonKernels(device, dtype)
         collectives = Rehearsal(layout)
         decoder = Decoder(small, layout, weights, kernels, collectives, config.max_model_len)
-        DeviceRunner(
-            decoder,
-            KVCache(small, layout, 1, config.block_size, dtype, device),
-            small,
-            layout,
-            collectives,
-            kernels,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            device=device,
-            dtype=dtype,
-        ).warm_up(record=False)
+        cache = KVCache(small, layout, 1, config.block_size, dtype, device)
+        runner = new_runner(decoder, cache, small, layout, collectives, kernels, config, device, dtype)
+        assert isinstance(runner, DeviceRunner)
+        runner.warm_up(record=False)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

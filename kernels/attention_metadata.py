@@ -38,4 +38,5 @@ class AttentionMetadata:
     """`context_lens` on the host."""
     work: Any = None
     """What the kernels asked to be uploaded with the step (`gpu/paged_attention.py`: `StepWork`), where its rows are
-    those of `block_tables` that the work names; None: they upload it themselves."""
+    those of `block_tables` that the work names, and nothing but positions, slots and block tables is read besides.
+    None: they upload it themselves."""

@@ -27,6 +27,14 @@ class PlainLinear:
         hidden.add_(self(x), alpha=alpha)
 
 
+def look_up(weight: Tensor, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """Rows of an embedding [vocab, hidden] times `scale`, as `interface.Kernels.embed` says."""
+    hidden = functional.embedding(tokens, weight)
+    if scale != 1.0:
+        hidden.mul_(scale)
+    return hidden if out is None else out.copy_(hidden)
+
+
 class PackedLinear(PlainLinear):
     """A weight in oneDNN's blocked order, packed once.
 

@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import moe
 from .activation import gated_activation
 from .attention_metadata import AttentionMetadata
 from .attention_plan import AttentionPlan
 from .interface import Experts, Linear, Plan, Program, Rotation
-from .linear import PackedLinear, PlainLinear, can_pack
+from .linear import PackedLinear, PlainLinear, can_pack, look_up
 from .norm import rms_norm
 from .paged_attention import PagedAttention, store_kv
 from .quantised_kv import dequantise
@@ -54,10 +53,7 @@ class TorchKernels:
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
         assert type(embedding) is PlainLinear, "a packed weight's rows are in nobody's order"
-        hidden = functional.embedding(tokens, embedding.weight)
-        if scale != 1.0:
-            hidden.mul_(scale)
-        return hidden if out is None else out.copy_(hidden)
+        return look_up(embedding.weight, tokens, scale, out)
 
     def rotation(
         self, positions: Tensor, inverse_frequencies: Tensor, factor: float, out: Rotation | None = None

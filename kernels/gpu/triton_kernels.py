@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 
 from ..attention_metadata import AttentionMetadata
 from ..interface import Experts, Linear, Plan, Program, Rotation
-from ..linear import PlainLinear
+from ..linear import PlainLinear, look_up
 from ..uploads import Uploads
 from . import norm, rotary, routing
 from .argmax import argmax
@@ -66,10 +65,7 @@ class TritonKernels:
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
         assert isinstance(embedding, PlainLinear)
-        hidden = functional.embedding(tokens, embedding.weight)
-        if scale != 1.0:
-            hidden.mul_(scale)
-        return hidden if out is None else out.copy_(hidden)
+        return look_up(embedding.weight, tokens, scale, out)
 
     def rotation(
         self, positions: Tensor, inverse_frequencies: Tensor, factor: float, out: Rotation | None = None

@@ -6,8 +6,7 @@
 
 Every kernel against its meaning in torch, the sampler against the host's, greedy tokens of every family's tiny model
 against transformers', and the engine under a load that preempts, samples and shares prefixes; these parts run at the
-same time. `--tiny` does less of
-the same on whatever device there is.
+same time. `--tiny` does less of the same on whatever device there is.
 """
 
 from __future__ import annotations
