@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention_metadata import AttentionMetadata
+from .quantised_weight import QuantisedWeight, Weight
 
 
 class Linear(Protocol):
@@ -27,6 +28,9 @@ class Linear(Protocol):
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 """x [T, hidden], weights and ids [T, experts per token] → the weighted sum of each token's experts, a new tensor."""
+
+ExpertWeights = Tensor | list[QuantisedWeight]
+"""One weight per expert: [num_experts, out, in], or a list of them where they are quantised."""
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the step's positions, each [T, rotary_dim / 2] float32."""
@@ -47,13 +51,16 @@ class Kernels(Protocol):
     steps_on_device: bool
     """Whether steps are launched ahead of their results (`actors/device_runner.py`)."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """x weightᵀ + bias; takes over weight [out, in] and bias [out]."""
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
+        """x weightᵀ + bias; takes over weight [out, in] and bias [out].
+
+        With a quantised weight a result differs from `quantised_linear.QuantisedLinear`'s by rounding; kernels for CPUs
+        round activations to 8 bits per group even where the checkpoint leaves them as they are."""
 
     def tied_linear(self, weight: Tensor) -> Linear:
         """A product whose weight's rows are looked up too, by `embed`."""
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+    def gated_linear(self, weight: Weight, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """activation(x gateᵀ) * (x upᵀ): [T, in] → [T, width].
 
         Args:
@@ -73,7 +80,7 @@ class Kernels(Protocol):
             shape, integers.
         """
 
-    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+    def experts(self, gate_up: ExpertWeights, down: ExpertWeights, activation: str) -> Experts:
         """The gated MLPs of a mixture of experts, which take tokens and what `route` says about them.
 
         Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .interface import Kernels
+from .interface import ExpertWeights, Kernels
 
 
 def route(logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def run_experts(
 class ProductsOfExperts:
     """The experts of a layer, each with its own two products; see `interface.Kernels.experts`."""
 
-    def __init__(self, kernels: Kernels, gate_up: Tensor, down: Tensor, activation: str) -> None:
+    def __init__(self, kernels: Kernels, gate_up: ExpertWeights, down: ExpertWeights, activation: str) -> None:
         self._gated = [kernels.gated_linear(expert, None, activation) for expert in gate_up]
         self._down = [kernels.linear(expert) for expert in down]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import moe
 from .attention_metadata import AttentionMetadata
 from .huge_pages import Arena
-from .interface import Experts, Linear, Plan, Rotation
+from .interface import Experts, ExpertWeights, Linear, Plan, Rotation
 from .linear import PlainLinear
 from .native_library import (
     ACTIVATIONS,
@@ -33,6 +33,7 @@ from .native_library import (
 )
 from .packed_weight import GROUP, PackedWeight, interleave_gate, pack
 from .program import NativePlan, NativeProgram, spread_stride
+from .quantised_weight import QuantisedWeight, Weight
 from .torch_kernels import TorchKernels
 
 
@@ -61,8 +62,10 @@ class NativeKernels:
         self._kept = torch.empty(0)
         self._torch = TorchKernels(torch.device("cpu"), dtype)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""
+        if isinstance(weight, QuantisedWeight):
+            return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
         if self._compiled_products:
             return NativeLinear(self, weight, bias)
         return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
@@ -73,9 +76,9 @@ class NativeKernels:
             return NativeLinear(self, weight, None)
         return self._torch.tied_linear(weight)
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+    def gated_linear(self, weight: Weight, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
-        if self._compiled_products:
+        if self._compiled_products and not isinstance(weight, QuantisedWeight):
             return NativeGatedLinear(self, weight, bias, activation)
         product = self.linear(weight, bias)
         return lambda x: self.gated_activation(product(x), activation)
@@ -101,7 +104,7 @@ class NativeKernels:
         """See `interface.Kernels`."""
         return moe.route(logits, experts_per_token, normalize)
 
-    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+    def experts(self, gate_up: ExpertWeights, down: ExpertWeights, activation: str) -> Experts:
         """See `interface.Kernels`."""
         return moe.ProductsOfExperts(self, gate_up, down, activation)
 

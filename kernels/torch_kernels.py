@@ -11,11 +11,13 @@ from . import moe
 from .activation import gated_activation
 from .attention_metadata import AttentionMetadata
 from .attention_plan import AttentionPlan
-from .interface import Experts, Linear, Plan, Program, Rotation
+from .interface import Experts, ExpertWeights, Linear, Plan, Program, Rotation
 from .linear import PackedLinear, PlainLinear, can_pack, look_up
 from .norm import rms_norm
 from .paged_attention import PagedAttention, store_kv
 from .quantised_kv import dequantise
+from .quantised_linear import QuantisedLinear
+from .quantised_weight import QuantisedWeight, Weight
 from .rotary import rotate_
 
 
@@ -29,24 +31,26 @@ class TorchKernels:
         self._attention = PagedAttention()
         self.saved_bytes = 0
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""
+        if isinstance(weight, QuantisedWeight):
+            return QuantisedLinear(weight, bias)
         return self._linear(weight, bias)
 
     def tied_linear(self, weight: Tensor) -> Linear:
         """See `interface.Kernels`: packing would hold the weight twice."""
         return PlainLinear(weight)
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+    def gated_linear(self, weight: Weight, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
-        linear = self._linear(weight, bias)
+        linear = self.linear(weight, bias)
         return lambda x: gated_activation(linear(x), activation)
 
     def route(self, logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
         """See `interface.Kernels`."""
         return moe.route(logits, experts_per_token, normalize)
 
-    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+    def experts(self, gate_up: ExpertWeights, down: ExpertWeights, activation: str) -> Experts:
         """See `interface.Kernels`."""
         return moe.ProductsOfExperts(self, gate_up, down, activation)
 

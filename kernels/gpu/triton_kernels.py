@@ -9,10 +9,13 @@ import triton
 from torch import Tensor
 
 from ..attention_metadata import AttentionMetadata
-from ..interface import Experts, Linear, Plan, Program, Rotation
+from ..interface import Experts, ExpertWeights, Linear, Plan, Program, Rotation
 from ..linear import PlainLinear, look_up
+from ..quantised_linear import QuantisedLinear
+from ..quantised_weight import QuantisedWeight, Weight
 from ..uploads import Uploads
 from . import norm, rotary, routing
+from .activation import gated_activation
 from .argmax import argmax
 from .linear import TritonGatedLinear, TritonLinear
 from .moe import TritonExperts
@@ -42,23 +45,28 @@ class TritonKernels:
         self.saved_bytes = 0
         self.attend = PagedAttention(device, dtype, *device_limits(device))
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""
+        if isinstance(weight, QuantisedWeight):
+            return QuantisedLinear(weight, bias)
         return TritonLinear(weight, bias)
 
     def tied_linear(self, weight: Tensor) -> Linear:
         """See `interface.Kernels`."""
         return self.linear(weight)
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+    def gated_linear(self, weight: Weight, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
+        if isinstance(weight, QuantisedWeight):
+            product = self.linear(weight, bias)
+            return lambda x: gated_activation(product(x), activation)
         return TritonGatedLinear(weight, bias, activation)
 
     def route(self, logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
         """See `interface.Kernels`."""
         return routing.route(logits, experts_per_token, normalize)
 
-    def experts(self, gate_up: Tensor, down: Tensor, activation: str) -> Experts:
+    def experts(self, gate_up: ExpertWeights, down: ExpertWeights, activation: str) -> Experts:
         """See `interface.Kernels`."""
         return TritonExperts(gate_up, down, activation)
 
