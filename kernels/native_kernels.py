@@ -19,10 +19,8 @@ from .native_library import (
     ArgMax,
     AttentionOperation,
     Embed,
-    Epilogue,
     GatedActivation,
     Kind,
-    LinearOperation,
     Operation,
     OperationList,
     RmsNorm,
@@ -31,8 +29,11 @@ from .native_library import (
     Step,
     instruction_set,
 )
-from .packed_weight import GROUP, PackedWeight, interleave_gate, pack
+from .native_linear import LibraryLinear, NativeGatedLinear, NativeLinear, is_bfloat16, row_stride
+from .native_quantised import NativeQuantisedGatedLinear, NativeQuantisedLinear
+from .packed_weight import PackedWeight, pack
 from .program import NativePlan, NativeProgram, spread_stride
+from .quantised_stream import QuantisedStream, can_stream, make_stream
 from .quantised_weight import QuantisedWeight, Weight
 from .torch_kernels import TorchKernels
 
@@ -53,6 +54,7 @@ class NativeKernels:
         """
         if compress is None:
             compress = instruction_set() in UNPACKING_INSTRUCTION_SETS
+        self._dtype = dtype
         self._compress = compress
         self._compiled_products = compiled_products
         self._program: NativeProgram | None = None
@@ -65,7 +67,11 @@ class NativeKernels:
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""
         if isinstance(weight, QuantisedWeight):
-            return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
+            if can_stream(weight):
+                return NativeQuantisedLinear(self, weight, bias)
+            if weight.order is not None:
+                return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
+            weight = self._expanded(weight)
         if self._compiled_products:
             return NativeLinear(self, weight, bias)
         return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
@@ -78,7 +84,12 @@ class NativeKernels:
 
     def gated_linear(self, weight: Weight, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
-        if self._compiled_products and not isinstance(weight, QuantisedWeight):
+        if isinstance(weight, QuantisedWeight):
+            if can_stream(weight):
+                return NativeQuantisedGatedLinear(self, weight, bias, activation)
+            if weight.order is None:
+                weight = self._expanded(weight)
+        if self._compiled_products and isinstance(weight, Tensor):
             return NativeGatedLinear(self, weight, bias, activation)
         product = self.linear(weight, bias)
         return lambda x: self.gated_activation(product(x), activation)
@@ -323,6 +334,18 @@ class NativeKernels:
         self.saved_bytes += (weight.nbytes if given_bytes is None else given_bytes) - packed.data.nbytes
         return packed
 
+    def stream(self, weight: QuantisedWeight, *, gated: bool = False) -> QuantisedStream:
+        """A quantised weight for the compiled product."""
+        stream = make_stream(weight, self.arena, gated=gated)
+        self.saved_bytes += weight.nbytes - stream.data.nbytes
+        return stream
+
+    def _expanded(self, weight: QuantisedWeight) -> Tensor:
+        """A weight that the compiled product does not read in few bits, as it would be without quantisation."""
+        expanded = weight.dequantise(self._dtype)
+        self.saved_bytes += weight.nbytes - expanded.nbytes
+        return expanded
+
     def run_rows(self, operation: Operation, rows: int, *tensors: Tensor | None) -> None:
         """Run an operation that needs no more of a step than its number of rows, now, or record it."""
         self._emit(operation, self._step(rows), *tensors)
@@ -344,6 +367,13 @@ class NativeKernels:
         stride = spread_stride(width, dtype) if spread else width
         return torch.empty(len(like), stride, dtype=dtype)[:, :width]
 
+    def workspace(self, like: Tensor, row_bytes: int) -> Tensor:
+        """Memory of an operation for `row_bytes` per row of `like`, from where each row begins `spread_stride` on."""
+        stride = spread_stride(row_bytes, torch.uint8)
+        if self._program is not None:
+            return self._program.temporary(stride, torch.uint8)
+        return torch.empty(len(like) * stride, dtype=torch.uint8)
+
     def kept(self, like: Tensor, width: int) -> Tensor:
         """[rows of `like`, width] float32, the same memory in every call: logits are megabytes, and a new tensor would
         be new pages in every step."""
@@ -354,127 +384,3 @@ class NativeKernels:
 
     def _record_to(self, program: NativeProgram | None) -> None:
         self._program = program
-
-
-class NativeLinear:
-    """See `interface.Linear`."""
-
-    def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> None:
-        self._kernels = kernels
-        self.weight = kernels.pack(weight)
-        self._bias = padded_bias(bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = self._kernels.temporary(x, self.weight.shape[0], x.dtype)
-        self._run(x, out, Epilogue.STORE)
-        return out
-
-    def float32(self, x: Tensor) -> Tensor:
-        """See `interface.Linear`."""
-        out = self._kernels.kept(x, self.weight.shape[0])
-        self._run(x, out, Epilogue.STORE)
-        return out
-
-    def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
-        """See `interface.Linear`."""
-        assert hidden.shape == (len(x), self.weight.shape[0])
-        self._run(x, hidden, Epilogue.ADD_TO, alpha)
-
-    def _run(self, x: Tensor, out: Tensor, epilogue: Epilogue, alpha: float = 1.0) -> None:
-        run_linear(self._kernels, x, self.weight, self._bias, out, epilogue, alpha=alpha)
-
-
-class LibraryLinear:
-    """See `interface.Linear`: torch's product between compiled kernels."""
-
-    def __init__(self, kernels: NativeKernels, product: Linear, out_features: int) -> None:
-        self._kernels, self._product, self._out_features = kernels, product, out_features
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._kernels.on_host(self._product, x, width=self._out_features)
-
-    def float32(self, x: Tensor) -> Tensor:
-        """See `interface.Linear`; not recorded."""
-        return self._product.float32(x)
-
-    def add_to(self, hidden: Tensor, x: Tensor, alpha: float) -> None:
-        """See `interface.Linear`."""
-        self._kernels.add_(hidden, self(x), alpha)
-
-
-class NativeGatedLinear:
-    """The two halves of a gated MLP's first product, and what joins them, in one pass."""
-
-    def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-        self._kernels = kernels
-        self._activation = ACTIVATIONS[activation]
-        self._width = len(weight) // 2
-        self._weight = kernels.pack(interleave_gate(weight), weight.nbytes)
-        self._bias = None if bias is None else padded_bias(interleave_gate(bias))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = self._kernels.temporary(x, self._width, x.dtype, spread=True)
-        run_linear(
-            self._kernels,
-            x,
-            self._weight,
-            self._bias,
-            out,
-            Epilogue.GATED,
-            activation=self._activation,
-        )
-        return out
-
-
-def run_linear(
-    kernels: NativeKernels,
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None,
-    out: Tensor,
-    epilogue: Epilogue,
-    *,
-    activation: int = 0,
-    alpha: float = 1.0,
-) -> None:
-    """Emit a product of x [T, in]."""
-    assert x.dtype == weight.dtype
-    assert x.shape[1] == weight.shape[1]
-    operation = LinearOperation(
-        Kind.LINEAR,
-        is_bfloat16(x.dtype),
-        weight.compressed,
-        x.shape[1],
-        out.shape[1],
-        epilogue,
-        activation,
-        out.dtype == torch.float32 and x.dtype != torch.float32,
-        alpha,
-        x.data_ptr(),
-        weight.data.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        row_stride(x),
-        row_stride(out),
-    )
-    kernels.run_rows(operation, len(x), x, weight.data, bias, out)
-
-
-def padded_bias(bias: Tensor | None) -> Tensor | None:
-    """float32, with zeros up to whole groups, as the kernel reads it."""
-    if bias is None:
-        return None
-    return torch.nn.functional.pad(bias.float(), (0, -len(bias) % GROUP)).contiguous()
-
-
-def is_bfloat16(dtype: torch.dtype) -> bool:
-    """Whether a kernel takes a tensor for bfloat16; else it takes it for float32."""
-    assert dtype in (torch.bfloat16, torch.float32)
-    return dtype == torch.bfloat16
-
-
-def row_stride(x: Tensor) -> int:
-    """Elements between the rows of a matrix whose rows are contiguous."""
-    assert x.dim() == 2
-    assert x.stride(1) == 1
-    return x.stride(0)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 """Each needs what those before it need."""
-WIDE_INSTRUCTION_SETS = ("avx512", "avx512_bf16")
+WIDE_INSTRUCTION_SETS = ("avx512", "avx512_vnni", "avx512_bf16")
 """With registers of 64 bytes."""
 UNPACKING_INSTRUCTION_SETS = ("avx512_bf16",)
 """Whose product reads compressed weights as fast as others; the rest can."""
@@ -38,6 +38,7 @@ class Kind(enum.IntEnum):
     EMBED = 6
     ROTATION = 7
     ARGMAX = 8
+    QUANTISED_LINEAR = 9
 
 
 class Epilogue(enum.IntEnum):
@@ -106,6 +107,21 @@ class LinearOperation(ctypes.Structure):
         ("out", _POINTER),
         ("x_stride", _INT64),
         ("out_stride", _INT64),
+    ]
+
+
+class QuantisedLinearOperation(LinearOperation):
+    """`struct QuantisedLinear`, which continues `struct Linear`."""
+
+    _fields_ = [
+        ("bits", _INT32),
+        ("group_size", _INT32),
+        ("scale_kind", _INT32),
+        ("zeros", _INT32),
+        ("row_scale", _INT32),
+        ("x_features", _INT32),
+        ("order", _POINTER),
+        ("quantised", _POINTER),
     ]
 
 
@@ -230,6 +246,7 @@ class ArgMax(ctypes.Structure):
 Operation = (
     RmsNorm
     | LinearOperation
+    | QuantisedLinearOperation
     | RotateStore
     | AttentionOperation
     | GatedActivation

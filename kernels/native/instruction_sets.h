@@ -10,5 +10,5 @@ struct KernelTable {
 
 extern const KernelTable baseline_table;
 #if defined(__x86_64__)
-extern const KernelTable avx2_table, avx512_table, avx512_bf16_table;
+extern const KernelTable avx2_table, avx512_table, avx512_vnni_table, avx512_bf16_table;
 #endif

@@ -3,6 +3,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define NATIVE_AVX2 1
 #define NATIVE_AVX512 1
+#define NATIVE_VNNI 0
 #define NATIVE_BFLOAT16 0
 #define NATIVE_NAMESPACE avx512
 #define NATIVE_TABLE avx512_table

@@ -3,6 +3,8 @@ namespace NATIVE_NAMESPACE {
 #include "lanes.h"
 #include "compressed_weight.h"
 #include "linear.h"
+#include "quantised_rows.h"
+#include "quantised_linear.h"
 #include "elementwise.h"
 #include "attention.h"
 } // namespace NATIVE_NAMESPACE
@@ -22,4 +24,5 @@ const KernelTable NATIVE_TABLE = {NATIVE_NAME(NATIVE_NAMESPACE),
                                       NATIVE_NAMESPACE::embed,
                                       NATIVE_NAMESPACE::rotation,
                                       NATIVE_NAMESPACE::argmax,
+                                      NATIVE_NAMESPACE::quantised_linear,
                                   }};

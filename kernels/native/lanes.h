@@ -9,6 +9,8 @@ typedef float quarter_lanes __attribute__((vector_size(16)));
 typedef uint32_t wide_bits __attribute__((vector_size(64)));
 typedef int32_t signed_bits __attribute__((vector_size(64)));
 typedef uint16_t narrow_bits __attribute__((vector_size(32)));
+typedef int8_t narrow_integers __attribute__((vector_size(16)));
+typedef uint8_t narrow_unsigned __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
 
@@ -28,6 +30,15 @@ INLINE lanes select(signed_bits mask, lanes a, lanes b)
     return (lanes)(((signed_bits)a & mask) | ((signed_bits)b & ~mask));
 }
 
+INLINE wide_bits widen_lanes(narrow_bits narrow)
+{
+#if NATIVE_AVX512
+    return (wide_bits)_mm512_cvtepu16_epi32((__m256i)narrow);
+#else
+    return __builtin_convertvector(narrow, wide_bits);
+#endif
+}
+
 // `element` is uint16_t for bfloat16 and float for float32.
 template <typename element> INLINE float load(const element *values)
 {
@@ -43,7 +54,7 @@ template <typename element> INLINE lanes load_lanes(const element *values)
     if constexpr (sizeof(element) == 2) {
         narrow_bits narrow;
         memcpy(&narrow, values, sizeof narrow);
-        const wide_bits wide = __builtin_convertvector(narrow, wide_bits) << 16;
+        const wide_bits wide = widen_lanes(narrow) << 16;
         memcpy(&result, &wide, sizeof result);
     } else
         memcpy(&result, values, sizeof result);
@@ -82,6 +93,25 @@ template <typename element> INLINE void store_some(element *target, lanes values
     element padded[LANES];
     store_lanes(padded, values);
     memcpy(target, padded, count * sizeof(element));
+}
+
+// a * b + c, rounded once wherever the processor can: the compiler might choose one way here and another there.
+INLINE lanes multiply_add(lanes a, lanes b, lanes c)
+{
+#if NATIVE_AVX512
+    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif NATIVE_AVX2
+    __m256 halves[3][2];
+    memcpy(halves[0], &a, sizeof a);
+    memcpy(halves[1], &b, sizeof b);
+    memcpy(halves[2], &c, sizeof c);
+    for (int half = 0; half < 2; half++)
+        halves[2][half] = _mm256_fmadd_ps(halves[0][half], halves[1][half], halves[2][half]);
+    memcpy(&c, halves[2], sizeof c);
+    return c;
+#else
+    return a * b + c;
+#endif
 }
 
 INLINE float sum_of_lanes(lanes values)
@@ -127,5 +157,46 @@ INLINE lanes dot_pairs(lanes acc, signed_bits weight, uint32_t x)
     const lanes even = (lanes)(weight << 16), odd = (lanes)(weight & (int32_t)0xffff0000);
     acc += even * widen((uint16_t)x);
     return acc + odd * widen((uint16_t)(x >> 16));
+#endif
+}
+
+#if NATIVE_AVX2 && !NATIVE_VNNI
+// Lane by lane the sum of two products of 16-bit integers.
+INLINE signed_bits multiply_pairs(signed_bits a, signed_bits b)
+{
+#if NATIVE_AVX512
+    return (signed_bits)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+    __m256i halves[2][2], result[2];
+    memcpy(halves[0], &a, sizeof a);
+    memcpy(halves[1], &b, sizeof b);
+    for (int half = 0; half < 2; half++)
+        result[half] = _mm256_madd_epi16(halves[0][half], halves[1][half]);
+    memcpy(&a, result, sizeof a);
+    return a;
+#endif
+}
+#endif
+
+// acc[i] + Σ of four products per lane: unsigned bytes of `weights[i]` with the signed bytes at `x`.
+template <int COUNT> INLINE void dot_quads(signed_bits (&acc)[COUNT], const signed_bits (&weights)[COUNT], const char *x)
+{
+    int32_t quad;
+    memcpy(&quad, x, sizeof quad);
+#if NATIVE_VNNI
+    const __m512i inputs = _mm512_set1_epi32(quad);
+    for (int i = 0; i < COUNT; i++)
+        acc[i] = (signed_bits)_mm512_dpbusd_epi32((__m512i)acc[i], (__m512i)weights[i], inputs);
+#elif NATIVE_AVX2
+    const int32_t even = (uint16_t)(int8_t)quad | (int32_t)((uint32_t)(int8_t)(quad >> 16) << 16);
+    const int32_t odd = (uint16_t)(int8_t)(quad >> 8) | (int32_t)((uint32_t)(quad >> 24) << 16);
+    for (int i = 0; i < COUNT; i++) {
+        acc[i] += multiply_pairs(weights[i] & 0x00ff00ff, signed_bits{} + even);
+        acc[i] += multiply_pairs((signed_bits)((wide_bits)weights[i] >> 8) & 0x00ff00ff, signed_bits{} + odd);
+    }
+#else
+    for (int byte = 0; byte < 4; byte++)
+        for (int i = 0; i < COUNT; i++)
+            acc[i] += ((weights[i] >> 8 * byte) & 255) * (int32_t)(int8_t)(quad >> 8 * byte);
 #endif
 }

@@ -17,6 +17,7 @@ enum Kind : int32_t {
     EMBED,
     ROTATION,
     ARGMAX,
+    QUANTISED_LINEAR,
     NUM_KINDS,
 };
 
@@ -74,6 +75,18 @@ struct Linear : Operation {
     const float *bias;    // [columns of the weight, in whole groups], packed in their order, or null
     void *out;
     int64_t x_stride, out_stride;
+};
+
+// The same with a weight of few bits: quantised_linear.h. in_features are those of the weight: whole groups.
+struct QuantisedLinear : Linear {
+    int32_t bits;            // 4 or 8
+    int32_t group_size;      // inputs that share a scale, whole steps
+    int32_t scale_kind;      // of the weight's scales
+    int32_t zeros;           // whether the groups have zeros of their own
+    int32_t row_scale;       // a row of x has one scale for all groups
+    int32_t x_features;      // of x, if there is no order; further inputs are zero
+    const int32_t *order;    // [in_features]: the inputs in the order of the weight's columns, negative for none; or null
+    void *quantised;         // [rows] as quantised_rows.h draws them, aligned to cache lines
 };
 
 // Queries and keys are normalised per head (if there are norms) and rotated; queries in place, keys and values go to the

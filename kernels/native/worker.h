@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include "barrier.h"
 
 // On a cache line of its own: every thread of the team writes to it.
 struct alignas(64) Counter {
@@ -14,7 +15,10 @@ struct alignas(64) Counter {
 
 class Worker {
   public:
-    Worker(int thread, int threads, std::atomic<bool> &failed) : thread(thread), threads(threads), failed_(failed) {}
+    Worker(int thread, int threads, Barrier &barrier, std::atomic<bool> &failed)
+        : thread(thread), threads(threads), barrier_(barrier), failed_(failed)
+    {
+    }
     ~Worker() { std::free(scratch_); }
     Worker(const Worker &) = delete;
     Worker &operator=(const Worker &) = delete;
@@ -26,6 +30,9 @@ class Worker {
     // The next item of this operation that nobody has claimed, counted from 0; past the last one there is nothing to do.
     // Items are claimed and not dealt out, so that a thread that another process holds up does not hold up the team.
     int claim() { return counter_->value.fetch_add(1, std::memory_order_relaxed); }
+
+    // Wait for the others of the team; all threads call it equally often in an operation.
+    void meet() { barrier_.wait(); }
 
     // `bytes` of memory of this thread's own, aligned to 64, until the next call; null (and the run fails) if there is
     // none.
@@ -62,6 +69,7 @@ class Worker {
     }
 
   private:
+    Barrier &barrier_;
     std::atomic<bool> &failed_;
     Counter *counter_ = nullptr;
     void *scratch_ = nullptr;
