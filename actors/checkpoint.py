@@ -17,7 +17,22 @@ from ..cluster.checkpoint_files import read_index, weight_files
 from ..cluster.errors import CheckpointError
 from .weight_names import TensorSlice
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+PACKED = ("qweight", "weight_packed")
+"""What stands for a matrix' `weight` where its integers are packed."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a tensor that is not quantised may hold."""
+
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,6 +43,7 @@ class StoredTensor:
     offset: int
     """Of the first byte, from the beginning of the file."""
     dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -48,29 +64,52 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def holds_weight(self, name: str) -> bool:
+        """Whether the matrix `{module}.weight` is there, quantised or not."""
+        return any(f"{name.removesuffix('.weight')}.{kind}" in self for kind in ("weight", *PACKED))
+
+    def find(self, name: str) -> StoredTensor:
+        """Where a tensor lies, whatever it holds.
+
+        Raises:
+            CheckpointError: it is missing, its dtype is not known, or its file is incomplete.
+        """
+        path = self._file_of.get(name)
+        if path is None:
+            hint = ""
+            if name.endswith(".weight") and self.holds_weight(name):
+                hint = ", which holds it quantised, though config.json does not say so"
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing from the checkpoint{hint}")
+        header = self._header(path)
+        entry = header.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{path}: tensor {name} is missing, though the index names this file")
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}, which is not supported; known: {', '.join(_DTYPES)}"
+            )
+        offset = header.data_start + entry["data_offsets"][0]
+        return StoredTensor(path, offset, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
     def locate(self, piece: TensorSlice) -> StoredTensor:
         """Where the tensor lies of which `piece` is a part.
 
         Raises:
-            CheckpointError: the tensor is missing, has another shape or is not floating-point, or its file is
-                incomplete.
+            CheckpointError: the tensor is missing, has another shape or not one of the dtypes that it may have, or its
+                file is incomplete.
         """
-        path = self._file_of.get(piece.name)
-        if path is None:
-            raise CheckpointError(f"{self._folder}: tensor {piece.name} is missing from the checkpoint")
-        header = self._header(path)
-        entry = header.entries.get(piece.name)
-        if entry is None:
-            raise CheckpointError(f"{path}: tensor {piece.name} is missing, though the index names this file")
-        if tuple(entry["shape"]) != piece.shape:
+        stored = self.find(piece.name)
+        if stored.shape != piece.shape:
             raise CheckpointError(
-                f"{path}: tensor {piece.name} has shape {entry['shape']}, but config.json implies {list(piece.shape)}"
+                f"{stored.path}: tensor {piece.name} has shape {list(stored.shape)}, but config.json implies "
+                f"{list(piece.shape)}"
             )
-        if entry["dtype"] not in _DTYPES:
+        if stored.dtype not in (piece.dtypes or FLOATS):
             raise CheckpointError(
-                f"{path}: tensor {piece.name} has dtype {entry['dtype']}; quantised checkpoints are not supported"
+                f"{stored.path}: tensor {piece.name} has dtype {_name(stored.dtype)}, but config.json implies "
+                f"{' or '.join(map(_name, piece.dtypes)) if piece.dtypes else 'a tensor that is not quantised'}"
             )
-        return StoredTensor(path, header.data_start + entry["data_offsets"][0], _DTYPES[entry["dtype"]])
+        return stored
 
     def _header(self, path: Path) -> _Header:
         if path not in self._headers:
@@ -84,6 +123,10 @@ class _Header:
     """By tensor: `dtype`, `shape` and `data_offsets`."""
     data_start: int
     """Bytes from the beginning of the file to what `data_offsets` count from."""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_header(path: Path) -> _Header:

@@ -42,13 +42,18 @@ class Decoder:
         kernels: Kernels,
         collectives: Collectives,
         max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """Takes the weights over: `weights.layers` is emptied, so that each may be packed and freed in turn."""
+        """Takes the weights over: `weights.layers` is emptied, so that each may be packed and freed in turn.
+
+        Args:
+            dtype: of activations, and of weights that are not quantised.
+        """
         self._spec, self._layout = spec, layout
         self._kernels, self._collectives = kernels, collectives
         self._final_norm = weights.final_norm
-        self._dtype = weights.layers[0].qkv.dtype
-        device = weights.layers[0].qkv.device
+        self._dtype = dtype
         self.argmax = kernels.argmax
         self._rotaries = [Rotary(rope, max_model_len, device) for rope in spec.ropes]
         self._layers: list[_Layer] = []
@@ -57,8 +62,8 @@ class Decoder:
             self._layers.append(_Layer(spec, layer, layout, weights.layers.pop(0), kernels, collectives))
         self._embedding: Linear | None = None
         self._head: Linear | None = None
-        if weights.head is not None and weights.head is weights.embedding:
-            self._embedding = self._head = kernels.tied_linear(weights.head)
+        if weights.embedding is not None and weights.head is weights.embedding:
+            self._embedding = self._head = kernels.tied_linear(weights.embedding)
         else:
             if weights.embedding is not None:
                 self._embedding = PlainLinear(weights.embedding)

@@ -12,8 +12,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from ..cluster.layer_spec import LayerSpec
 from ..cluster.model_spec import ModelSpec
-from ..cluster.topology import ShardLayout
+from ..cluster.quantisation import Quantisation, Rule, Scheme
+from ..cluster.topology import ShardLayout, layer_matrices
 from ..kernels.gpu.triton_kernels import TritonKernels
 from .collectives import SingleShard
 from .decoder import Decoder
@@ -37,8 +39,23 @@ class Rehearsal(SingleShard):
 
 def rehearsed_spec(spec: ModelSpec, layout: ShardLayout) -> ModelSpec:
     """A model with one layer of every kind that the shard has."""
-    kinds = tuple(dict.fromkeys(spec.layers[index] for index in layout.layers(spec)))
-    return msgspec.structs.replace(spec, layers=kinds, num_layers=len(kinds))
+    kinds: dict[tuple[LayerSpec, tuple[Scheme | None, ...]], int] = {}
+    for index in layout.layers(spec):
+        schemes = tuple(matrix.scheme(spec) for matrix in layer_matrices(spec, layout, index))
+        kinds.setdefault((spec.layers[index], schemes), index)
+    small = msgspec.structs.replace(spec, layers=tuple(layer for layer, _ in kinds), num_layers=len(kinds))
+    if spec.quantisation is None:
+        return small
+    # Which module is quantised depends on its name, and so on the number of its layer.
+    rules = [
+        Rule(matrix.module, scheme)
+        for number, (_, schemes) in enumerate(kinds)
+        for matrix, scheme in zip(layer_matrices(small, layout, number), schemes, strict=True)
+        if matrix.module is not None
+    ]
+    head = spec.naming.heads[0].removesuffix(".weight")
+    rules.append(Rule(head, spec.quantisation.scheme(head)))
+    return msgspec.structs.replace(small, quantisation=Quantisation(spec.quantisation.method, tuple(rules)))
 
 
 def rehearse(spec: ModelSpec, config: ShardConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -50,7 +67,7 @@ def rehearse(spec: ModelSpec, config: ShardConfig, device: torch.device, dtype: 
         weights = load_weights(config.folder, small, layout, dtype, device, load_format="dummy")
         kernels = TritonKernels(device, dtype)
         collectives = Rehearsal(layout)
-        decoder = Decoder(small, layout, weights, kernels, collectives, config.max_model_len)
+        decoder = Decoder(small, layout, weights, kernels, collectives, config.max_model_len, dtype, device)
         cache = KVCache(small, layout, 1, config.block_size, dtype, device)
         runner = new_runner(decoder, cache, small, layout, collectives, kernels, config, device, dtype)
         assert isinstance(runner, DeviceRunner)

@@ -24,6 +24,7 @@ from .executor import Pending
 from .kv_cache import KVCache
 from .out_of_memory import Stage, out_of_memory_named
 from .runner import Runner, new_runner
+from .sequence_scorer import SequenceScorer
 from .shard_config import ShardConfig
 from .weights import load_weights
 
@@ -57,6 +58,7 @@ class Shard:
         self._decoder: Decoder | None = None
         self._kernels: Kernels | None = None
         self._runner: Runner | None = None
+        self._cache: KVCache | None = None
         self._weight_bytes = 0
 
     def connect(self) -> None:
@@ -97,7 +99,14 @@ class Shard:
             with self.clock.phase(startup.KERNELS):
                 compiling.wait()
                 self._decoder = Decoder(
-                    self.spec, config.layout, weights, kernels, self._collectives, config.max_model_len
+                    self.spec,
+                    config.layout,
+                    weights,
+                    kernels,
+                    self._collectives,
+                    config.max_model_len,
+                    self.dtype,
+                    self.device,
                 )
         self._weight_bytes = weight_bytes(self.spec, config.layout, self.dtype.itemsize) - kernels.saved_bytes
 
@@ -157,6 +166,17 @@ class Shard:
         with out_of_memory_named(Stage.STEP, self.config):
             return self._runner.run(plan)
 
+    def scorer(self) -> SequenceScorer:
+        """Scores whole sequences with this shard's layers and KV cache, whose blocks it overwrites."""
+        assert self._decoder is not None, "load first"
+        assert self._cache is not None, "allocate first"
+        return SequenceScorer(self._decoder, self._cache, self.spec, self.config, self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights take in the device's memory; 0 before `load`."""
+        return self._weight_bytes
+
     def _rehearsal(self) -> Callable[[], None] | None:
         """What compiles the kernels of a GPU; None if nothing needs compiling."""
         assert self._kernels is not None
@@ -172,7 +192,7 @@ class Shard:
         assert self._decoder is not None, "load first"
         config = self.config
         assert self._kernels is not None, "load first"
-        cache = KVCache(self.spec, config.layout, num_blocks, config.block_size, self.dtype, self.device)
+        cache = self._cache = KVCache(self.spec, config.layout, num_blocks, config.block_size, self.dtype, self.device)
         return new_runner(
             self._decoder,
             cache,
@@ -187,7 +207,7 @@ class Shard:
 
     def close(self) -> None:
         """Leave the group and free the device's memory."""
-        self._runner = self._decoder = self._kernels = None
+        self._runner = self._decoder = self._kernels = self._cache = None
         if self.device.type == "cuda":
             gc.collect()  # graphs hold collectives, which cannot end before them
         if self._collectives is not None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from ..cluster.families import QKNorm
 from ..cluster.model_spec import ModelSpec
 from ..cluster.topology import ShardLayout
@@ -24,6 +26,8 @@ class TensorSlice:
     """Of the whole tensor."""
     rows: slice
     columns: slice | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    """What it may hold; (): any float of at least 16 bits."""
 
     @property
     def num_rows(self) -> int:
@@ -32,9 +36,15 @@ class TensorSlice:
     @property
     def num_columns(self) -> int | None:
         """None for a vector."""
-        if len(self.shape) == 1:
+        if len(self.shape) < 2:
             return None
         return self.shape[1] if self.columns is None else self.columns.stop - self.columns.start
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        columns = self.num_columns
+        return (self.num_rows,) if columns is None else (self.num_rows, columns)
 
 
 class WeightNames:

@@ -80,13 +80,14 @@ def _split(piece: TensorSlice, stored: StoredTensor, target: Tensor) -> Iterator
     """Reads of whole rows."""
     row_shape = piece.shape[1:]
     row_bytes = math.prod(row_shape) * stored.dtype.itemsize
+    columns = None if piece.columns == slice(0, *row_shape) else piece.columns
     converts = target.device.type == "cpu" and target.dtype != stored.dtype
-    step = max(1, (CACHE_BYTES if piece.columns is not None or converts else READ_BYTES) // row_bytes)
+    step = max(1, (CACHE_BYTES if columns is not None or converts else READ_BYTES) // row_bytes)
     for start in range(0, piece.num_rows, step):
         rows = min(step, piece.num_rows - start)
         offset = stored.offset + (piece.rows.start + start) * row_bytes
         part = target[start : start + rows]
-        yield Read(piece.name, stored.path, offset, (rows, *row_shape), stored.dtype, piece.columns, part)
+        yield Read(piece.name, stored.path, offset, (rows, *row_shape), stored.dtype, columns, part)
 
 
 def read_weights(

@@ -1,4 +1,5 @@
-"""Loading a shard's weights: only its slices are read, straight into fused tensors of the final dtype."""
+"""Loading a shard's weights: only its slices are read, straight into fused tensors of the final dtype, or, where they
+are quantised, packed into the form that kernels take."""
 
 from __future__ import annotations
 
@@ -8,22 +9,29 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..cluster.families import NormPlacement
 from ..cluster.model_spec import ModelSpec
 from ..cluster.topology import ShardLayout
+from ..kernels.interface import ExpertWeights
+from ..kernels.quantised_weight import QuantisedWeight, Weight
 from .checkpoint import Checkpoint
-from .dummy_weights import fill_randomly
+from .dummy_weights import DummyQuantised, fill_randomly
+from .quantised_reader import QuantisedReader, QuantisedSource
 from .weight_names import TensorSlice, WeightNames
 from .weight_reader import plan_reads, read_weights
+
+UNREAD = torch.empty(0)
+"""Stands for a weight until it has been read."""
 
 
 @dataclasses.dataclass(slots=True)
 class MLPWeights:
     """A gated MLP. gate_up: [2 * width, hidden], gate first; down: [hidden, width]."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight = UNREAD
+    down: Weight = UNREAD
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
@@ -32,11 +40,11 @@ class MLPWeights:
 class MoEWeights:
     """A mixture of experts."""
 
-    router: Tensor
+    router: Tensor = UNREAD
     """[experts, hidden]."""
-    gate_up: Tensor
+    gate_up: ExpertWeights = UNREAD
     """[experts, 2 * width, hidden], gate first."""
-    down: Tensor
+    down: ExpertWeights = UNREAD
     """[experts, hidden, width]."""
     shared: MLPWeights | None = None
     shared_gate: Tensor | None = None
@@ -47,13 +55,13 @@ class MoEWeights:
 class LayerWeights:
     """One decoder layer. Norms are [hidden] float32 with the family's offset added; None where the family has none."""
 
-    qkv: Tensor
-    """[(heads + 2 * kv_heads) * head_dim, hidden]."""
-    qkv_bias: Tensor | None
-    output: Tensor
-    """[hidden, heads * head_dim]."""
-    output_bias: Tensor | None
     mlp: MLPWeights | MoEWeights
+    qkv: Weight = UNREAD
+    """[(heads + 2 * kv_heads) * head_dim, hidden]."""
+    qkv_bias: Tensor | None = None
+    output: Weight = UNREAD
+    """[hidden, heads * head_dim]."""
+    output_bias: Tensor | None = None
     query_norm: Tensor | None = None
     """float32: [head_dim], or this shard's part of the full width."""
     key_norm: Tensor | None = None
@@ -71,7 +79,7 @@ class Weights:
     embedding: Tensor | None = None
     """[padded vocabulary share, hidden], on the first stage."""
     final_norm: Tensor | None = None
-    head: Tensor | None = None
+    head: Weight | None = None
     """[padded vocabulary share, hidden], on the last stage; the embedding itself where both are tied and here."""
 
 
@@ -88,7 +96,8 @@ def load_weights(
     """Read this shard's slice of a checkpoint; it is on the device on return.
 
     Args:
-        progress: called with (bytes done, bytes in all), as they will lie in memory, whenever a part has been read.
+        progress: called with (bytes done, bytes in all) whenever a part has been read; they count as they will lie in
+            memory, or as they are stored where they are quantised.
         load_format: "auto", or "dummy" for random weights; then nothing is read and `progress` is not called.
 
     Raises:
@@ -98,12 +107,15 @@ def load_weights(
         return dummy_weights(spec, layout, dtype, device)
     checkpoint, naming = Checkpoint(folder), spec.naming
     prefix = next((p for p in naming.prefixes if f"{p}embed_tokens.weight" in checkpoint), naming.prefixes[0])
-    head = next((name for name in naming.heads if name in checkpoint), naming.heads[0])
-    allocator = _Allocator(spec, layout, WeightNames(spec, layout, prefix, head), dtype, device)
+    head = next((name for name in naming.heads if checkpoint.holds_weight(name)), naming.heads[0])
+    names = WeightNames(spec, layout, prefix, head)
+    quantised = QuantisedReader(checkpoint, spec.quantisation, dtype, device)
+    allocator = _Allocator(spec, layout, names, dtype, device, quantised)
     weights = allocator.weights()
     places = [place for target, slices, _ in allocator.pending for place in _stack(target, slices)]
-    total = sum(target.nbytes for target, _, _ in allocator.pending)
-    done = total - sum(place.nbytes for _, place in places)  # padding is there already
+    whole = sum(target.nbytes for target, _, _ in allocator.pending)
+    total = whole + quantised.nbytes
+    done = whole - sum(place.nbytes for _, place in places)  # padding is there already
 
     def advance(nbytes: int) -> None:
         nonlocal done
@@ -112,6 +124,7 @@ def load_weights(
             progress(done, total)
 
     read_weights(plan_reads(places, checkpoint), device, advance)
+    quantised.read(advance)
     for target, _, offset in allocator.pending:
         if offset:
             target += offset
@@ -121,7 +134,7 @@ def load_weights(
 def dummy_weights(spec: ModelSpec, layout: ShardLayout, dtype: torch.dtype, device: torch.device) -> Weights:
     """Random weights of this shard's shapes, made on the device (`actors/dummy_weights.py`)."""
     names = WeightNames(spec, layout, spec.naming.prefixes[0], spec.naming.heads[0])
-    allocator = _Allocator(spec, layout, names, dtype, device)
+    allocator = _Allocator(spec, layout, names, dtype, device, DummyQuantised(spec.quantisation, dtype, device))
     weights = allocator.weights()
     for target, slices, _ in allocator.pending:
         fill_randomly(target, slices)
@@ -139,15 +152,23 @@ def _stack(target: Tensor, slices: list[TensorSlice]) -> Iterator[tuple[TensorSl
 
 
 class _Allocator:
-    """Lays out a shard's weights. Memory is reserved here and filled later, tensor by tensor, from `pending`."""
+    """Lays out a shard's weights. Memory is reserved here and filled later, tensor by tensor, from `pending`; quantised
+    weights are left to their source."""
 
     def __init__(
-        self, spec: ModelSpec, layout: ShardLayout, names: WeightNames, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        layout: ShardLayout,
+        names: WeightNames,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantised: QuantisedSource,
     ) -> None:
         self.pending: list[tuple[Tensor, list[TensorSlice], float]] = []
         """(tensor, what to stack in it, what to add to it)."""
         self._spec, self._layout, self._names = spec, layout, names
         self._dtype, self._device = dtype, device
+        self._quantised = quantised
 
     def weights(self) -> Weights:
         """Everything this shard holds."""
@@ -158,21 +179,32 @@ class _Allocator:
         weights.layers = [self._layer(index) for index in layout.layers(spec)]
         if layout.last_stage:
             weights.final_norm = self._norm(names.final_norm())
-            tied_here = spec.tie_word_embeddings and layout.first_stage
-            weights.head = weights.embedding if tied_here else self._vocabulary(names.head())
+            self._head(weights)
         return weights
+
+    def _head(self, weights: Weights) -> None:
+        if self._spec.tie_word_embeddings:
+            weights.head = weights.embedding if self._layout.first_stage else self._vocabulary(self._names.head())
+            return
+        slices, height = self._names.head(), self._layout.padded_vocab_share(self._spec)
+
+        def place(read: list[Weight]) -> None:
+            weights.head = _padded(read[0], height)
+
+        if not self._quantised.plan([slices], place):
+            weights.head = self._vocabulary(slices)
 
     def _layer(self, index: int) -> LayerWeights:
         spec, names, naming = self._spec, self._names, self._spec.naming
         layer = LayerWeights(
-            qkv=self._matrix(names.qkv(index, "weight")),
             qkv_bias=self._vector(names.qkv(index, "bias")),
-            output=self._matrix(names.attention_output(index, "weight")),
             output_bias=self._vector(names.attention_output(index, "bias")),
             mlp=self._moe(index) if spec.layers[index].sparse else self._mlp(index),
             query_norm=self._optional_norm(names.query_norm(index)),
             key_norm=self._optional_norm(names.key_norm(index)),
         )
+        self._linear(layer, "qkv", names.qkv(index, "weight"))
+        self._linear(layer, "output", names.attention_output(index, "weight"))
         if spec.norm_placement is not NormPlacement.POST:
             layer.input_norm = self._norm(names.norm(index, naming.input_norm))
             layer.mlp_input_norm = self._norm(names.norm(index, naming.mlp_input_norm))
@@ -183,27 +215,48 @@ class _Allocator:
 
     def _mlp(self, index: int) -> MLPWeights:
         names = self._names
-        return MLPWeights(
-            gate_up=self._matrix(names.gate_up(index, "weight")),
-            down=self._matrix(names.down(index, "weight")),
-            gate_up_bias=self._vector(names.gate_up(index, "bias")),
-            down_bias=self._vector(names.down(index, "bias")),
+        mlp = MLPWeights(
+            gate_up_bias=self._vector(names.gate_up(index, "bias")), down_bias=self._vector(names.down(index, "bias"))
         )
+        self._linear(mlp, "gate_up", names.gate_up(index, "weight"))
+        self._linear(mlp, "down", names.down(index, "weight"))
+        return mlp
 
     def _moe(self, index: int) -> MoEWeights:
         names, moe = self._names, self._spec.moe
         assert moe is not None
-        weights = MoEWeights(
-            router=self._matrix(names.router(index)),
-            gate_up=self._matrix(names.experts_gate_up(index)).unflatten(0, (moe.num_experts, -1)),
-            down=self._matrix(names.experts_down(index)).unflatten(0, (moe.num_experts, -1)),
-        )
+        weights = MoEWeights()
+        self._gate(weights, "router", names.router(index))
+        self._experts(weights, "gate_up", names.experts_gate_up(index))
+        self._experts(weights, "down", names.experts_down(index))
         if moe.shared_intermediate_size:
-            weights.shared = MLPWeights(
-                gate_up=self._matrix(names.shared_gate_up(index)), down=self._matrix(names.shared_down(index))
-            )
-            weights.shared_gate = self._matrix(names.shared_gate(index))
+            weights.shared = MLPWeights()
+            self._linear(weights.shared, "gate_up", names.shared_gate_up(index))
+            self._linear(weights.shared, "down", names.shared_down(index))
+            self._gate(weights, "shared_gate", names.shared_gate(index))
         return weights
+
+    def _linear(self, owner: LayerWeights | MLPWeights, field: str, slices: list[TensorSlice]) -> None:
+        """Give `owner` the weight, now or when it has been read."""
+        if not self._quantised.plan([slices], lambda read: setattr(owner, field, read[0])):
+            setattr(owner, field, self._matrix(slices))
+
+    def _gate(self, owner: MoEWeights, field: str, slices: list[TensorSlice]) -> None:
+        """The same for a small matrix that decides: few checkpoints quantise it, and it is used unquantised."""
+        inputs, dtype = slices[0].shape[1], self._dtype
+        if not self._quantised.plan(
+            [slices], lambda read: setattr(owner, field, _dense(read[0], inputs, dtype)), only_if_stored_so=True
+        ):
+            setattr(owner, field, self._matrix(slices))
+
+    def _experts(self, owner: MoEWeights, field: str, slices: list[TensorSlice]) -> None:
+        """The same for one weight per expert."""
+        assert self._spec.moe is not None
+        count, inputs, dtype = self._spec.moe.num_experts, slices[0].num_columns or 0, self._dtype
+        each = len(slices) // count
+        stacks = [slices[start : start + each] for start in range(0, len(slices), each)]
+        if not self._quantised.plan(stacks, lambda read: setattr(owner, field, _expert_weights(read, inputs, dtype))):
+            setattr(owner, field, self._matrix(slices).unflatten(0, (count, -1)))
 
     def _matrix(self, slices: list[TensorSlice]) -> Tensor:
         rows = sum(piece.num_rows for piece in slices)
@@ -230,3 +283,30 @@ class _Allocator:
         target = torch.empty(shape, dtype=dtype, device=self._device)
         self.pending.append((target, slices, offset))
         return target
+
+
+def _expert_weights(read: list[Weight], inputs: int, dtype: torch.dtype) -> ExpertWeights:
+    """Those of all experts; where one is not quantised, none stays so."""
+    quantised = [weight for weight in read if isinstance(weight, QuantisedWeight)]
+    if len(quantised) == len(read):
+        return quantised
+    return torch.stack([_dense(weight, inputs, dtype) for weight in read])
+
+
+def _dense(weight: Weight, inputs: int, dtype: torch.dtype) -> Tensor:
+    return weight.dense(inputs, dtype) if isinstance(weight, QuantisedWeight) else weight
+
+
+def _padded(weight: Weight, height: int) -> Weight:
+    """`weight` with rows of zeros below."""
+    rows = (0, 0, 0, height - len(weight))
+    if rows[-1] == 0:
+        return weight
+    if isinstance(weight, Tensor):
+        return functional.pad(weight, rows)
+    return dataclasses.replace(
+        weight,
+        values=functional.pad(weight.values.view(torch.uint8), rows).view(weight.values.dtype),
+        scales=functional.pad(weight.scales, rows),
+        zeros=functional.pad(weight.zeros, rows) if weight.zeros is not None else None,
+    )

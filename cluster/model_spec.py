@@ -16,6 +16,8 @@ from .checkpoint_config import integer, mapping, number, optional_number, read_j
 from .errors import CheckpointError, UnsupportedModel
 from .families import FAMILIES, Family, NormPlacement, QKNorm, TensorNaming
 from .layer_spec import LayerSpec, parse_layers
+from .quantisation import Quantisation
+from .quantisation_config import load_quantisation
 from .rope_spec import RopeSpec, parse_rope, rope_parameters, rope_parameters_of_layer_type
 
 ACTIVATIONS = {
@@ -82,6 +84,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Multiplies the logits, before the soft cap."""
     naming: TensorNaming
     moe: MoESpec | None = None
+    quantisation: Quantisation | None = None
 
 
 def load_spec(folder: Path) -> ModelSpec:
@@ -95,19 +98,15 @@ def load_spec(folder: Path) -> ModelSpec:
     name = architecture(config)
     family = FAMILIES[name]
     text = {**family.defaults, **config, **mapping(config, "text_config")}
-    quantization = mapping(text, "quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown")
-        raise UnsupportedModel(
-            f"{folder}/config.json: quantization_config {method!r} is not supported; use an unquantised model"
-        )
+    quantisation = load_quantisation(folder, text)
     if text.get("use_bidirectional_attention"):
         raise UnsupportedModel(f"{folder}/config.json: use_bidirectional_attention is not supported")
     eos = load_generation_defaults(folder).get("eos_token_id", token_ids(text, "eos_token_id"))
     try:
-        return build_spec(text, name, family, eos)
+        spec = build_spec(text, name, family, eos)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}/config.json does not describe a {name}: {error!r}") from error
+    return msgspec.structs.replace(spec, quantisation=quantisation)
 
 
 def load_generation_defaults(folder: Path) -> dict[str, Any]:

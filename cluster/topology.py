@@ -12,10 +12,12 @@ pp_rank 1 rank 2: layers 2-3   rank 3: layers 2-3     final norm, output project
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from .errors import ConfigError
-from .layer_spec import LayerSpec
 from .model_spec import ModelSpec
+from .quantisation import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,22 +124,87 @@ def kv_bytes_per_block(spec: ModelSpec, layout: ShardLayout, block_size: int, dt
     return len(layout.layers(spec)) * block_size * per_token
 
 
-def weight_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int) -> int:
-    """Bytes of the weights that this shard holds in its device's memory (norms and biases are left out: < 0.1 %)."""
-    layers = sum(_layer_parameters(spec, layout, spec.layers[i]) for i in layout.layers(spec))
-    vocabulary = layout.padded_vocab_share(spec) * spec.hidden_size
-    if layout.first_stage and layout.last_stage and spec.tie_word_embeddings:
-        tables = 1
+class Matrix(NamedTuple):
+    """A shard's part of a linear layer's weight."""
+
+    module: str | None
+    """In the checkpoint; None: a router, which is never used quantised."""
+    out: int
+    inputs: int
+
+    def scheme(self, spec: ModelSpec) -> Scheme | None:
+        """How it is quantised; None: not at all."""
+        if spec.quantisation is None or self.module is None:
+            return None
+        return spec.quantisation.scheme(self.module)
+
+
+def layer_matrices(spec: ModelSpec, layout: ShardLayout, index: int) -> Iterator[Matrix]:
+    """The weights of one decoder layer on this shard, without the gate of a shared expert."""
+    naming, hidden, layer = spec.naming, spec.hidden_size, f"{spec.naming.prefixes[0]}layers.{index}."
+    heads, kv_heads = (count * spec.head_dim for count in (layout.num_heads(spec), layout.num_kv_heads(spec)))
+    if naming.fused_qkv:
+        yield Matrix(f"{layer}self_attn.qkv_proj", heads + 2 * kv_heads, hidden)
     else:
-        tables = int(layout.first_stage) + int(layout.last_stage)
-    return (layers + tables * vocabulary) * dtype_bytes
+        yield Matrix(f"{layer}self_attn.q_proj", heads, hidden)
+        yield Matrix(f"{layer}self_attn.k_proj", kv_heads, hidden)
+        yield Matrix(f"{layer}self_attn.v_proj", kv_heads, hidden)
+    yield Matrix(f"{layer}self_attn.o_proj", hidden, heads)
+    if not spec.layers[index].sparse or spec.moe is None:
+        width = layout.share(spec.intermediate_size)
+        if naming.fused_qkv:
+            yield Matrix(f"{layer}mlp.gate_up_proj", 2 * width, hidden)
+            yield Matrix(f"{layer}mlp.down_proj", hidden, width)
+        else:
+            yield from _gated_mlp(f"{layer}mlp.", ("gate_proj", "up_proj", "down_proj"), width, hidden)
+        return
+    moe, block = spec.moe, f"{layer}{naming.moe}."
+    yield Matrix(None, moe.num_experts, hidden)
+    for expert in range(moe.num_experts):
+        yield from _gated_mlp(f"{block}experts.{expert}.", naming.experts, layout.share(moe.intermediate_size), hidden)
+    if moe.shared_intermediate_size:
+        names, width = ("gate_proj", "up_proj", "down_proj"), layout.share(moe.shared_intermediate_size)
+        yield from _gated_mlp(f"{block}shared_expert.", names, width, hidden)
 
 
-def _layer_parameters(spec: ModelSpec, layout: ShardLayout, layer: LayerSpec) -> int:
-    heads = 2 * layout.num_heads(spec) + 2 * layout.num_kv_heads(spec)  # q and o, k and v
-    attention = heads * spec.head_dim * spec.hidden_size
-    if not layer.sparse or spec.moe is None:
-        return attention + 3 * layout.share(spec.intermediate_size) * spec.hidden_size
-    moe = spec.moe
-    width = moe.num_experts * layout.share(moe.intermediate_size) + layout.share(moe.shared_intermediate_size)
-    return attention + (3 * width + moe.num_experts) * spec.hidden_size
+def _gated_mlp(prefix: str, names: tuple[str, str, str], width: int, hidden: int) -> Iterator[Matrix]:
+    gate, up, down = names
+    yield Matrix(f"{prefix}{gate}", width, hidden)
+    yield Matrix(f"{prefix}{up}", width, hidden)
+    yield Matrix(f"{prefix}{down}", hidden, width)
+
+
+def matrices(spec: ModelSpec, layout: ShardLayout) -> Iterator[Matrix]:
+    """The weights of all linear layers on this shard; the output projection only where it is not the embedding."""
+    for index in layout.layers(spec):
+        yield from layer_matrices(spec, layout, index)
+    if layout.last_stage and not spec.tie_word_embeddings:
+        head = spec.naming.heads[0].removesuffix(".weight")
+        yield Matrix(head, layout.padded_vocab_share(spec), spec.hidden_size)
+
+
+def weight_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int) -> int:
+    """Bytes of the weights that this shard holds in its device's memory (norms and biases are left out: < 0.1 %).
+
+    Args:
+        dtype_bytes: of a weight that is not quantised.
+    """
+    linear = sum(_matrix_bytes(spec, matrix, dtype_bytes) for matrix in matrices(spec, layout))
+    tables = int(layout.first_stage)
+    if layout.last_stage and spec.tie_word_embeddings and not layout.first_stage:
+        tables += 1
+    return linear + tables * layout.padded_vocab_share(spec) * spec.hidden_size * dtype_bytes
+
+
+def quantised_layer_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int = 2) -> tuple[int, int]:
+    """What quantisation saves on this shard: bytes of the quantised layers, and of the same unquantised."""
+    quantised = [matrix for matrix in matrices(spec, layout) if matrix.scheme(spec) is not None]
+    now = sum(_matrix_bytes(spec, matrix, dtype_bytes) for matrix in quantised)
+    return now, sum(matrix.out * matrix.inputs for matrix in quantised) * dtype_bytes
+
+
+def _matrix_bytes(spec: ModelSpec, matrix: Matrix, dtype_bytes: int) -> int:
+    scheme = matrix.scheme(spec)
+    if scheme is None:
+        return matrix.out * matrix.inputs * dtype_bytes
+    return scheme.nbytes(matrix.out, matrix.inputs)

@@ -102,7 +102,8 @@ class Stage:
     ) -> None:
         self.spec, self.layout = load_spec(folder), layout
         weights = load_weights(folder, self.spec, layout, dtype, CPU)
-        self.decoder = Decoder(self.spec, layout, weights, kernels_for(way, dtype), collectives, max_model_len)
+        kernels = kernels_for(way, dtype)
+        self.decoder = Decoder(self.spec, layout, weights, kernels, collectives, max_model_len, dtype, CPU)
         self.cache = KVCache(self.spec, layout, 128, 8, dtype, CPU)
         if way.startswith("recorded"):
             self.decoder.record(self.cache, MAX_TOKENS)

@@ -136,7 +136,7 @@ def test_a_wrong_shape(folder, name):
 
 def test_a_quantised_tensor(folder):
     rewrite(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(torch.int8)}))
-    assert f"tensor {Q_PROJ} has dtype I8; quantised checkpoints are not supported" in refusal(folder)
+    assert f"tensor {Q_PROJ} has dtype int8, but config.json implies a tensor that is not quantised" in refusal(folder)
 
 
 def test_sharded_files_and_files_without_an_index_give_the_same_weights(folder, tmp_path):

@@ -59,7 +59,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope type 'spiral'"),
         ({"rope_scaling": {"type": "mrope"}}, "rope type 'mrope'"),
         ({"hidden_act": "relu2"}, "activation 'relu2'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq'"),
+        ({"quantization_config": {"quant_method": "eetq"}}, "quant_method 'eetq'"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
         (
             {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "layer_types": ["linear_attention"]},
