@@ -18,7 +18,14 @@ from .report import run_as_program
 
 assert __package__ is not None
 DEPLOY = __package__.rpartition(".")[0]
-WITHOUT_MODEL = ("bench.scheduler", "bench.kv_waste", "bench.products", "bench.startup", "check_answers")
+WITHOUT_MODEL = (
+    "bench.scheduler",
+    "bench.kv_waste",
+    "bench.products",
+    "bench.quantised_products",
+    "bench.startup",
+    "check_answers",
+)
 WITH_MODEL = ("bench.step", "bench.static_batches", "bench.over_http", "bench.memory")
 
 
