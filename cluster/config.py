@@ -64,6 +64,8 @@ class ModelConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     """Where weights come from; "dummy": random ones of the right shapes, so that config.json suffices."""
+    allow_unevaluated: bool = False
+    """Serve a variant, quantised or with an 8-bit KV cache, although `troupe eval` has not found it good enough."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt and output together; default: the model's context."""
     max_num_seqs: int = Field(64, ge=1, le=4096)

@@ -22,7 +22,8 @@ from ..cluster.errors import EngineError
 from .bench.options import JsonFile
 from .bench.report import Column, Report, publish, run_as_program
 from .bench.serve_process import ServeProcess
-from .eval import DEMO_TASKS, EvalItem, load_items, score
+from .evaluation.items import DEMO_TASKS, EvalItem, load_items
+from .evaluation.score import score
 from .greedy_reference import chat_prompts, greedy_tokens
 from .model_folder import DEMO_MODELS
 

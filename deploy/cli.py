@@ -1,4 +1,4 @@
-"""The command line: `troupe serve`, `troupe eval`, `troupe bench`, `troupe version`."""
+"""The command line: `troupe serve`, `troupe quantize`, `troupe eval`, `troupe bench`, `troupe version`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .. import __version__
 from ..cluster.config import ServeConfig, load_config
 from ..cluster.errors import CheckpointError, ConfigError, EngineError, TroupeError
 from .bench.command import bench
-from .eval import eval_command
+from .evaluation.command import eval_command
 from .local_machine import check_ports, local_capacity
 from .model_folder import DEMO_MODELS
+from .quantise.command import quantize_command
 from .quiet_output import quiet_output
 from .supervisor import supervise
 
@@ -31,6 +32,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.command("eval")(eval_command)
+cli.command("quantize")(quantize_command)
 cli.add_typer(bench, name="bench")
 
 
@@ -62,6 +64,13 @@ def serve(
     load_format: Annotated[
         str | None, typer.Option(help="auto, or dummy: random weights, for measuring without a checkpoint.")
     ] = None,
+    allow_unevaluated: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-unevaluated",
+            help="Serve quantised models and 8-bit KV caches that `troupe eval` has not found good enough.",
+        ),
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step.")] = None,
@@ -92,6 +101,7 @@ def serve(
         "replicas": replicas,
         "dtype": dtype,
         "load_format": load_format,
+        "allow_unevaluated": allow_unevaluated,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,

@@ -13,12 +13,15 @@ _FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 def find_model_folder(model: str) -> Path:
-    """The folder of `model`: a path, or a hub id whose files are downloaded unless they are cached.
+    """The folder of `model`: a path, the name of an embedded model, or a hub id, whose files are downloaded unless they
+    are cached.
 
     Raises:
         CheckpointError: there is no such folder and no such hub id, or the hub cannot be reached.
     """
     folder = Path(model).expanduser()
+    if not folder.exists():
+        folder = next((path for path in map(Path, DEMO_MODELS) if path.name == model), folder)
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():

@@ -17,6 +17,7 @@ from ..cluster.kv_memory import DeviceMemory, plan_kv_memory
 from ..cluster.messages import ModelCard
 from ..cluster.model_spec import ModelSpec, load_generation_defaults, load_spec
 from ..cluster.topology import all_layouts, check_topology, kv_bytes_per_block, weight_bytes
+from .evaluation_gate import check_evaluated
 from .model_folder import find_model_folder
 from .weight_files import check_weight_files
 
@@ -36,7 +37,7 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
 
     Raises:
         ConfigError: a division that does not come out even, an application larger than the cluster, a context longer
-            than the model's, a KV cache that cannot hold one request.
+            than the model's, a KV cache that cannot hold one request, a variant that was not evaluated.
         CheckpointError: a folder, its config or a file of weights is missing or unusable.
     """
     folders = [find_model_folder(model.model) for model in models]
@@ -48,6 +49,8 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
         check_topology(spec, model.tensor_parallel_size, model.pipeline_parallel_size)
     devices = [resolve_device(model, capacity) for model in models]
     check_capacity(models, devices, capacity)
+    for model, folder, spec in zip(models, folders, specs, strict=True):
+        check_evaluated(model, spec, folder)  # last, as it may have to read all weights
 
     served = []
     for model, folder, spec, device in zip(models, folders, specs, devices, strict=True):

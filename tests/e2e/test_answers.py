@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from raytroupe.deploy.check_answers import ask
 from raytroupe.deploy.cli import cli
-from raytroupe.deploy.eval import DEMO_TASKS, load_items, score
+from raytroupe.deploy.evaluation.items import DEMO_TASKS, load_items
+from raytroupe.deploy.evaluation.score import score
 from raytroupe.deploy.greedy_reference import chat_prompts, greedy_tokens
 from raytroupe.deploy.model_folder import DEMO_MODELS
 

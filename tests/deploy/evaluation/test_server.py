@@ -1,17 +1,19 @@
-"""Scoring of `troupe eval`: the rule of a right answer, the interval, and task files that cannot be used."""
+"""Questions and scores of `troupe eval`: the rule of a right answer, task files that cannot be used, absent servers."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from raytroupe.cluster.errors import ConfigError, EngineError
-from raytroupe.deploy.eval import DEMO_TASKS, Z_95, EvalItem, Score, accuracy_table, eval_command, load_items, score
+from raytroupe.deploy.evaluation.command import eval_command
+from raytroupe.deploy.evaluation.items import DEMO_TASKS, EvalItem, embedded_items, is_json, load_items
+from raytroupe.deploy.evaluation.score import Score, score
+from raytroupe.deploy.evaluation.server import accuracy_table
 
 
 def item(task: str, answer: str, difficulty: str | None = None) -> EvalItem:
@@ -32,17 +34,6 @@ def test_groups_are_tasks_then_difficulties_then_all() -> None:
     assert scores["all easy"] == Score(1, 2)
     assert scores["all hard"] == Score(1, 1)
     assert scores["all"] == Score(2, 4)
-
-
-@pytest.mark.parametrize(("right", "items"), [(0, 38), (38, 38), (33, 38), (592, 608), (1, 1)])
-def test_bounds_of_the_interval_are_where_wilson_defines_them(right: int, items: int) -> None:
-    """Each bound b lies z standard errors from the observed share, with the standard error at b itself."""
-    scored = Score(right, items)
-    low, high = scored.interval
-    assert low <= scored.accuracy <= high
-    for bound in (low, high):
-        standard_error = math.sqrt(bound * (1 - bound) / items)
-        assert abs(scored.accuracy - bound) == pytest.approx(Z_95 * standard_error, abs=1e-9)
 
 
 def test_table_shows_every_model_beside_the_others() -> None:
@@ -84,3 +75,23 @@ def test_missing_task_file_is_named(tmp_path: Path) -> None:
 def test_absent_server_is_one_clear_line(unused_tcp_port: int) -> None:
     with pytest.raises(EngineError, match=f"no server answers at http://127.0.0.1:{unused_tcp_port}/v1"):
         eval_command(f"http://127.0.0.1:{unused_tcp_port}/v1")
+
+
+def test_server_is_not_compared() -> None:
+    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:1/v1 is a server"):
+        eval_command("http://127.0.0.1:1/v1", against="base")
+
+
+def test_embedded_questions_are_distinct_and_as_many_as_there_are() -> None:
+    items = embedded_items(seed=2, per_task=12)
+    assert len(items) == 16 * 12
+    assert items == embedded_items(seed=2, per_task=12)
+    asked = {json.dumps(item.messages) for item in items}
+    assert len(asked) == len(items)
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"), [('{"a": 1}', True), (" [] ", True), ("12", False), ('{"a": 1', False), ('{"a": 1} so', False)]
+)
+def test_json_is_an_object_or_array_alone(text: str, valid: bool) -> None:
+    assert is_json(text) is valid

@@ -1,0 +1,196 @@
+"""`troupe serve` takes a variant only if the report beside its weights says that these passed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytroupe.actors.placement import Capacity
+from raytroupe.cluster.checkpoint_hash import hash_checkpoint
+from raytroupe.cluster.config import ModelConfig
+from raytroupe.cluster.errors import CheckpointError, ConfigError
+from raytroupe.cluster.evaluation_report import (
+    REPORT_FILE,
+    Evaluation,
+    EvaluationReport,
+    Limits,
+    ModelFigures,
+    TaskFigures,
+    TextFigures,
+    Verdict,
+    read_report,
+    write_report,
+)
+from raytroupe.deploy import cli
+from raytroupe.deploy.evaluation.command import store
+from raytroupe.deploy.model_folder import DEMO_MODELS
+from raytroupe.deploy.served_model import resolve_models
+
+CAPACITY = Capacity(cpus=2, gpus=0)
+QUANTISATION = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64},
+        }
+    },
+}
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> Path:
+    """A folder whose config says that it is quantised; nothing here reads the weights."""
+    folder = tmp_path / "small-int4"
+    shutil.copytree(DEMO_MODELS[1], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTISATION}))
+    return folder
+
+
+def evaluation(folder: Path, verdict: Verdict, kv_cache_dtype: str = "auto") -> Evaluation:
+    figures = ModelFigures(
+        model=folder.name,
+        content=hash_checkpoint(folder),
+        quantisation="int4 g64",
+        kv_cache_dtype=kv_cache_dtype,
+        weight_bytes=1,
+        tokens_per_second={},
+        json_items=0,
+        json_valid=0,
+    )
+    text = TextFigures(
+        sequences=100,
+        tokens=1000,
+        base_perplexity=2.0,
+        perplexity=2.0,
+        ratio=1.0,
+        low=1.0,
+        high=1.0,
+        certain_ratio=1.0,
+        kl_divergence=0.0,
+        kl_low=0.0,
+        kl_high=0.0,
+        top1_agreement=1.0,
+        verdict=Verdict.PASS,
+    )
+    total = TaskFigures(
+        items=100,
+        base_right=100,
+        right=100,
+        lost=0,
+        gained=0,
+        base_accuracy=1.0,
+        accuracy=1.0,
+        loss=0.0,
+        low=-3.7,
+        high=3.7,
+        certain_loss=-8.0,
+        verdict=Verdict.PASS,
+    )
+    reasons = [] if verdict is Verdict.PASS else ["task addition lost 9.0 points", "perplexity rose by 7.0%"]
+    return Evaluation(
+        verdict=verdict,
+        reasons=reasons,
+        limits=Limits(),
+        variant=figures,
+        base=figures,
+        tasks={},
+        total=total,
+        text=text,
+        sources={},
+        environment={},
+    )
+
+
+def resolve(folder: Path, **fields: Any) -> None:
+    (model,) = resolve_models([ModelConfig(model=str(folder), **fields)], CAPACITY)
+    assert model.settings.folder == folder
+
+
+def test_variant_that_was_never_evaluated_is_refused_with_the_command_to_run(quantised: Path) -> None:
+    with pytest.raises(ConfigError, match="never evaluated") as refused:
+        resolve(quantised)
+    assert "small-int4 is refused: its weights are quantised (int4 g64)" in str(refused.value)
+    assert f"run `troupe eval {quantised} --against BASE`" in str(refused.value)
+    assert "--allow-unevaluated" in str(refused.value)
+
+
+def test_variant_that_passed_is_served(quantised: Path) -> None:
+    store(quantised / REPORT_FILE, evaluation(quantised, Verdict.PASS))
+    resolve(quantised)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "message"), [(Verdict.FAIL, "it failed its evaluation"), (Verdict.UNDECIDED, "left undecided")]
+)
+def test_other_verdicts_are_refused_with_their_reasons(quantised: Path, verdict: Verdict, message: str) -> None:
+    store(quantised / REPORT_FILE, evaluation(quantised, verdict))
+    with pytest.raises(ConfigError, match=f"{message}.*: task addition lost 9.0 points; perplexity rose by 7.0%"):
+        resolve(quantised)
+
+
+def test_weights_that_changed_since_are_refused(quantised: Path) -> None:
+    store(quantised / REPORT_FILE, evaluation(quantised, Verdict.PASS))
+    weights = bytearray((quantised / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (quantised / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match="its files have changed since it was evaluated"):
+        resolve(quantised)
+
+
+def test_copy_of_an_evaluated_variant_is_served(quantised: Path) -> None:
+    store(quantised / REPORT_FILE, evaluation(quantised, Verdict.PASS))
+    copied = Path(shutil.copytree(quantised, quantised.with_name("copied"), copy_function=shutil.copyfile))
+    resolve(copied)
+
+
+@pytest.mark.parametrize("fields", [{"allow_unevaluated": True}, {"load_format": "dummy"}])
+def test_who_asks_for_it_gets_it(quantised: Path, fields: dict[str, Any]) -> None:
+    resolve(quantised, **fields)
+
+
+def test_model_as_it_was_trained_needs_no_report() -> None:
+    resolve(Path(DEMO_MODELS[1]))
+
+
+def test_damaged_report_is_refused(quantised: Path) -> None:
+    (quantised / REPORT_FILE).write_text("{}}")
+    with pytest.raises(ConfigError, match=r"troupe_eval\.json is no evaluation report"):
+        resolve(quantised)
+
+
+def test_command_line_refuses_before_anything_starts(quantised: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.cli(["serve", str(quantised)], standalone_mode=True)
+    assert ended.value.code == cli.EXIT_REFUSED
+    assert "never evaluated" in capfd.readouterr().err
+
+
+def test_evaluations_of_other_caches_stay_and_those_of_other_weights_go(quantised: Path) -> None:
+    file = quantised / REPORT_FILE
+    store(file, evaluation(quantised, Verdict.PASS))
+    store(file, evaluation(quantised, Verdict.FAIL, "int8"))
+    report = read_report(file)
+    assert report is not None
+    assert {name: e.verdict for name, e in report.evaluations.items()} == {"auto": Verdict.PASS, "int8": Verdict.FAIL}
+    (quantised / "model.safetensors").write_bytes(b"other")
+    store(file, evaluation(quantised, Verdict.PASS, "fp8"))
+    report = read_report(file)
+    assert report is not None
+    assert list(report.evaluations) == ["fp8"]
+
+
+def test_report_of_another_format_or_place(tmp_path: Path) -> None:
+    assert read_report(tmp_path / "none.json") is None
+    write_report(tmp_path / "next.json", EvaluationReport(format=2))
+    with pytest.raises(CheckpointError, match="has format 2, and 1 is known"):
+        read_report(tmp_path / "next.json")
+    with pytest.raises(CheckpointError, match="name a --report"):
+        write_report(tmp_path / "none" / "report.json", EvaluationReport())
