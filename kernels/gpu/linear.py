@@ -3,8 +3,7 @@
 Where a decode step multiplies a few rows with a weight, all the time goes into reading the weight from memory once. The
 kernel keeps many wide reads in flight on every multiprocessor. Rows are padded to a tensor-core tile of 16; that is
 arithmetic which costs nothing here. Where a weight has too few rows for every multiprocessor to get a tile, its columns
-are split among programs: each writes its partial sum, and the one that comes last adds them all up, always in the same
-order, so that a result never depends on which one that was.
+are split among programs (`tile_product.py`).
 """
 
 from __future__ import annotations
@@ -19,18 +18,8 @@ from torch.nn import functional
 
 from ..linear import PlainLinear
 from .activation import ACTIVATIONS, gated_activation
-from .tile_product import gate, multiply_tile
+from .tile_product import finish_tile, multiply_tile
 from .tuning import dtype_name, load_tuning
-
-
-@triton.jit
-def sum_of_splits(partial_ptr, positions, mask, split_stride, splits):
-    """Partial sums of a tile, in the order of the splits."""
-    total = tl.load(partial_ptr + positions, mask=mask, other=0.0, cache_modifier=".cg")
-    for _ in range(1, splits):
-        partial_ptr += split_stride
-        total += tl.load(partial_ptr + positions, mask=mask, other=0.0, cache_modifier=".cg")
-    return total
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -61,36 +50,10 @@ def few_rows_linear_kernel(
         x_ptrs, m < rows, weight_ptrs, up_ptrs, k, first, last, inputs, GATED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K
     )
 
-    mask = (m[:, None] < rows) & (n[None, :] < outputs)
-    if SPLIT:
-        positions = m[:, None] * outputs + n[None, :]
-        plane = rows * outputs
-        split_stride = 2 * plane if GATED else plane
-        mine = partial_ptr + tl.program_id(1) * split_stride
-        tl.store(mine + positions, y, mask=mask)
-        if GATED:
-            tl.store(mine + plane + positions, up, mask=mask)
-        # All threads' stores come before the count, which releases them to whoever comes last.
-        tl.debug_barrier()
-        splits = tl.num_programs(1)
-        if tl.atomic_add(arrived_ptr + piece, 1, sem="acq_rel", scope="gpu") != splits - 1:
-            return
-        tl.store(arrived_ptr + piece, 0)
-        y = sum_of_splits(partial_ptr, positions, mask, split_stride, splits)
-        if GATED:
-            up = sum_of_splits(partial_ptr + plane, positions, mask, split_stride, splits)
-
-    dtype = out_ptr.dtype.element_ty
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        if HAS_BIAS:
-            up += tl.load(bias_ptr + outputs + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-        y = gate(y, up, dtype, ACTIVATION)
-    out_ptrs = out_ptr + m[:, None].to(tl.int64) * out_stride + n[None, :]
-    if ADD:
-        y = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32) + alpha * y
-    tl.store(out_ptrs, y.to(dtype), mask=mask)
+    finish_tile(
+        y, up, m, n, bias_ptr, out_ptr, partial_ptr, arrived_ptr + piece, rows, outputs, out_stride, alpha,
+        HAS_BIAS, ADD, GATED, ACTIVATION, SPLIT,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

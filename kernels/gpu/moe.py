@@ -160,7 +160,7 @@ class TritonExperts:
         Args:
             weights, ids: [T, experts per token] from `route`, contiguous; the ids are of existing experts.
         """
-        tokens, experts_per_token = ids.shape
+        experts_per_token = ids.shape[1]
         assert x.stride(1) == 1
         assert weights.is_contiguous()
         order = sort_by_expert(ids, self._num_experts, block_rows(ids.numel(), self._num_experts))
@@ -172,11 +172,17 @@ class TritonExperts:
         )  # fmt: skip
         results = x.new_empty(ids.numel(), self._hidden)
         grouped_linear(gated, self._down, results, order, down_config, scale=weights)
-        out = x.new_empty(tokens, self._hidden)
-        sum_experts_kernel[(tokens, triton.cdiv(self._hidden, _SUM_BLOCK))](
-            results, out, self._hidden, EXPERTS_PER_TOKEN=experts_per_token, BLOCK=_SUM_BLOCK
-        )
-        return out
+        return sum_experts(results, experts_per_token)
+
+
+def sum_experts(results: Tensor, experts_per_token: int) -> Tensor:
+    """[T * experts per token, hidden] → [T, hidden], a new tensor: the sums of the tokens' rows."""
+    tokens, hidden = len(results) // experts_per_token, results.shape[1]
+    out = results.new_empty(tokens, hidden)
+    sum_experts_kernel[(tokens, triton.cdiv(hidden, _SUM_BLOCK))](
+        results, out, hidden, EXPERTS_PER_TOKEN=experts_per_token, BLOCK=_SUM_BLOCK
+    )
+    return out
 
 
 def grouped_linear(

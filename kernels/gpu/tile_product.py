@@ -1,4 +1,9 @@
-"""What matrix products with a weight [out, in] have in common: the loop over the inputs, and the gate at its end."""
+"""What matrix products with a weight [out, in] have in common: the loop over the inputs, and what comes at its end.
+
+Where a weight has too few rows for every multiprocessor to get a tile, its columns are split among programs: each
+writes its partial sum, and the one that comes last adds them all up, always in the same order, so that a result never
+depends on which one that was.
+"""
 
 from __future__ import annotations
 
@@ -50,3 +55,73 @@ def gate(y, up, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
     """activation(y) * up in float32; as in the reference, both and the activation are rounded before they are used."""
     activated = activate(y.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
     return activated * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def sum_of_splits(partial_ptr, positions, mask, split_stride, splits):
+    """Partial sums of a tile, in the order of the splits."""
+    total = tl.load(partial_ptr + positions, mask=mask, other=0.0, cache_modifier=".cg")
+    for _ in range(1, splits):
+        partial_ptr += split_stride
+        total += tl.load(partial_ptr + positions, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def store_tile(
+    y, up, m, n, bias_ptr, out_ptr, rows, outputs, out_stride, alpha,
+    HAS_BIAS: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """out = y + bias, or if GATED activation(y + bias) * (up + bias); or if ADD out += alpha times that.
+
+    Args:
+        y, up: [BLOCK_M, BLOCK_N] float32; rows m and outputs n of the product.
+        bias_ptr: [outputs], or [2 * outputs] if GATED.
+    """
+    mask = (m[:, None] < rows) & (n[None, :] < outputs)
+    dtype = out_ptr.dtype.element_ty
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        if HAS_BIAS:
+            up += tl.load(bias_ptr + outputs + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+        y = gate(y, up, dtype, ACTIVATION)
+    out_ptrs = out_ptr + m[:, None].to(tl.int64) * out_stride + n[None, :]
+    if ADD:
+        y = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32) + alpha * y
+    tl.store(out_ptrs, y.to(dtype), mask=mask)
+
+
+@triton.jit
+def finish_tile(
+    y, up, m, n, bias_ptr, out_ptr, partial_ptr, arrived_ptr, rows, outputs, out_stride, alpha,
+    HAS_BIAS: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """`store_tile`, if SPLIT by the last of the programs (…, split of the inputs) that multiply for this tile.
+
+    Args:
+        partial_ptr: [splits, 1 or 2 if GATED, rows, outputs] float32.
+        arrived_ptr: to the tile's own count: zero, and zero again afterwards.
+    """
+    if SPLIT:
+        mask = (m[:, None] < rows) & (n[None, :] < outputs)
+        positions = m[:, None] * outputs + n[None, :]
+        plane = rows * outputs
+        split_stride = 2 * plane if GATED else plane
+        mine = partial_ptr + tl.program_id(1) * split_stride
+        tl.store(mine + positions, y, mask=mask)
+        if GATED:
+            tl.store(mine + plane + positions, up, mask=mask)
+        # All threads' stores come before the count, which releases them to whoever comes last.
+        tl.debug_barrier()
+        splits = tl.num_programs(1)
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1:
+            tl.store(arrived_ptr, 0)
+            y = sum_of_splits(partial_ptr, positions, mask, split_stride, splits)
+            if GATED:
+                up = sum_of_splits(partial_ptr + plane, positions, mask, split_stride, splits)
+            store_tile(
+                y, up, m, n, bias_ptr, out_ptr, rows, outputs, out_stride, alpha, HAS_BIAS, ADD, GATED, ACTIVATION
+            )
+    else:
+        store_tile(y, up, m, n, bias_ptr, out_ptr, rows, outputs, out_stride, alpha, HAS_BIAS, ADD, GATED, ACTIVATION)

@@ -11,15 +11,16 @@ from torch import Tensor
 from ..attention_metadata import AttentionMetadata
 from ..interface import Experts, ExpertWeights, Linear, Plan, Program, Rotation
 from ..linear import PlainLinear, look_up
-from ..quantised_linear import QuantisedLinear
 from ..quantised_weight import QuantisedWeight, Weight
 from ..uploads import Uploads
 from . import norm, rotary, routing
-from .activation import gated_activation
 from .argmax import argmax
 from .linear import TritonGatedLinear, TritonLinear
 from .moe import TritonExperts
 from .paged_attention import PagedAttention, TritonPlan
+from .quantised_layout import Workspace
+from .quantised_moe import TritonQuantisedExperts, can_group
+from .quantised_operations import Product, TritonQuantisedLinear, new_product
 
 _INTERPRETED_PROCESSORS = 4
 """Of the imagined device that the interpreter is: few, so that tests cut rows without being long."""
@@ -35,6 +36,11 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_properties(device).multi_processor_count, shared_memory
 
 
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether there are matrix units for float8: from Ada and Hopper on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 class TritonKernels:
     """See `interface.Kernels`. Not shared between decoders: attention has a workspace."""
 
@@ -44,11 +50,12 @@ class TritonKernels:
         self.device, self.dtype = device, dtype
         self.saved_bytes = 0
         self.attend = PagedAttention(device, dtype, *device_limits(device))
+        self._workspace = Workspace(device, dtype)
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """See `interface.Kernels`."""
         if isinstance(weight, QuantisedWeight):
-            return QuantisedLinear(weight, bias)
+            return TritonQuantisedLinear(self._quantised_product(weight, bias, None))
         return TritonLinear(weight, bias)
 
     def tied_linear(self, weight: Tensor) -> Linear:
@@ -58,9 +65,13 @@ class TritonKernels:
     def gated_linear(self, weight: Weight, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
         if isinstance(weight, QuantisedWeight):
-            product = self.linear(weight, bias)
-            return lambda x: gated_activation(product(x), activation)
+            return TritonQuantisedLinear(self._quantised_product(weight, bias, activation))
         return TritonGatedLinear(weight, bias, activation)
+
+    def _quantised_product(self, weight: QuantisedWeight, bias: Tensor | None, activation: str | None) -> Product:
+        product = new_product(weight, bias, activation, self._workspace, float8=multiplies_float8(self.device))
+        self.saved_bytes += weight.nbytes - product.nbytes
+        return product
 
     def route(self, logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
         """See `interface.Kernels`."""
@@ -68,7 +79,26 @@ class TritonKernels:
 
     def experts(self, gate_up: ExpertWeights, down: ExpertWeights, activation: str) -> Experts:
         """See `interface.Kernels`."""
-        return TritonExperts(gate_up, down, activation)
+        if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+            return TritonExperts(gate_up, down, activation)
+        if not isinstance(gate_up, Tensor) and not isinstance(down, Tensor) and can_group(gate_up) and can_group(down):
+            experts = TritonQuantisedExperts(gate_up, down, activation, self.dtype)
+            self.saved_bytes += sum(weight.nbytes for weight in (*gate_up, *down)) - experts.nbytes
+            return experts
+        return self._dense_experts(gate_up, down, activation)
+
+    def _dense_experts(self, gate_up: ExpertWeights, down: ExpertWeights, activation: str) -> Experts:
+        """Experts of which one projection cannot be grouped: in 16 bits. Activations then stay as they are."""
+        hidden, width = len(down[0]), len(gate_up[0]) // 2
+        dense = [
+            weights
+            if isinstance(weights, Tensor)
+            else torch.stack([weight.dense(inputs, self.dtype) for weight in weights])
+            for weights, inputs in ((gate_up, hidden), (down, width))
+        ]
+        self.saved_bytes += sum(weight.nbytes for weights in (gate_up, down) for weight in weights)
+        self.saved_bytes -= sum(weights.nbytes for weights in dense)
+        return TritonExperts(dense[0], dense[1], activation)
 
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from plan_builder import PlanBuilder
+from quantised_checkpoints import compressed, quantise
 from tiny_models import VOCAB_SIZE, make_tiny_model
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -54,12 +55,11 @@ def launches(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(6, 100), (40, 300)])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_moe"])
-def test_the_warm_up_launches_all_that_requests_need(family, max_num_seqs, max_tokens, tmp_path, launches):
+def check(folder, max_num_seqs, max_tokens, launches):
+    """Serve random requests: nothing is launched that the warm-up did not launch."""
     shard = Shard(
         ShardConfig(
-            folder=make_tiny_model(family, tmp_path), dtype="float32", device="cpu", block_size=BLOCK_SIZE,
+            folder=folder, dtype="float32", device="cpu", block_size=BLOCK_SIZE,
             max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_tokens,
         )
     )  # fmt: skip
@@ -89,3 +89,26 @@ def test_the_warm_up_launches_all_that_requests_need(family, max_num_seqs, max_t
             shard.run(builder.step(counts))
         new = launches - warm
         assert not new, f"step {step} {counts}: {sorted({(name, constants) for name, _, constants in new})}"
+
+
+@pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(6, 100), (40, 300)])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_moe"])
+def test_the_warm_up_launches_all_that_requests_need(family, max_num_seqs, max_tokens, tmp_path, launches):
+    check(make_tiny_model(family, tmp_path), max_num_seqs, max_tokens, launches)
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("llama", compressed("pack-quantized", num_bits=4, group_size=32, strategy="group")),
+        ("llama", compressed("int-quantized", activations=True, num_bits=8, strategy="channel")),
+        ("mixtral", compressed("pack-quantized", num_bits=4, group_size=32, strategy="group")),
+    ],
+    ids=["int4", "int8", "int4 experts"],
+)
+def test_the_warm_up_launches_all_that_a_quantised_model_needs(family, form, tmp_path, launches):
+    folder, _ = quantise(family, tmp_path, form, num_hidden_layers=2)
+    check(folder, 40, 300, launches)
+    kernels = {name for name, _, _ in launches}
+    assert kernels & {"few_rows_quantised_kernel", "eight_bit_linear_kernel"}
+    assert ("grouped_quantised_kernel" in kernels) == (family == "mixtral")

@@ -76,7 +76,16 @@ def measured(request, bare, tmp_path_factory):
 
 
 EXPECTED = {
-    "check": ["attention, bfloat16", "experts, float32", "llama, float32", "qwen3_moe, float32", "mixed load"],
+    "check": [
+        "attention, bfloat16",
+        "experts, float32",
+        "quantised products, bfloat16",
+        "eight bit products, float32",
+        "quantised experts, bfloat16",
+        "llama, float32",
+        "qwen3_moe, float32",
+        "mixed load",
+    ],
     "bench": [
         "copy on the device",
         "bf16 product",
@@ -87,6 +96,9 @@ EXPECTED = {
         "residual + RMS norm",
         "SiLU",
         "rotary + KV store",
+        "int4 g128",
+        "int8, rounded activations",
+        "float8, rounded activations",
         "8B shape: batch-1 decode",
         "8B shape: host gaps",
         "8B shape: prefill",

@@ -21,11 +21,12 @@ from .run_parts import PACKAGE, Part, run_command, total_seconds
 PARTS = (
     Part("ceilings", f"{PACKAGE}.ceilings:measure", seconds=45, always=True),
     Part("kernels", f"{PACKAGE}.kernel_points:measure", seconds=100),
+    Part("quantised", f"{PACKAGE}.quantised_points:measure", seconds=100),
     Part("llama-8b", f"{PACKAGE}.engine_points_gpu:measure_llama", seconds=110),
     Part("qwen-0.6b", f"{PACKAGE}.engine_points_gpu:measure_qwen", seconds=110),
     Part("transformers", f"{PACKAGE}.transformers_points:measure", seconds=120),
 )
-TOTAL_SECONDS = 330.0
+TOTAL_SECONDS = 430.0
 
 
 def main(

@@ -4,9 +4,9 @@
     python -m raytroupe.deploy.bench.gpu.check --only families
     python -m raytroupe.deploy.bench.gpu.check --tiny
 
-Every kernel against its meaning in torch, the sampler against the host's, greedy tokens of every family's tiny model
-against transformers', and the engine under a load that preempts, samples and shares prefixes; these parts run at the
-same time. `--tiny` does less of the same on whatever device there is.
+Every kernel against its meaning in torch, also with quantised weights, the sampler against the host's, greedy tokens of
+every family's tiny model against transformers', and the engine under a load that preempts, samples and shares prefixes;
+these parts run at the same time. `--tiny` does less of the same on whatever device there is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .run_parts import PACKAGE, Part, run_command, total_seconds
 
 PARTS = (
     Part("kernels", f"{PACKAGE}.kernel_check:check", seconds=100),
+    Part("quantised", f"{PACKAGE}.quantised_check:check", seconds=110),
     Part("sampling", f"{PACKAGE}.sampling_check:check", seconds=60),
     Part("families", f"{PACKAGE}.engine_check:check_families", seconds=110),
     Part("load", f"{PACKAGE}.engine_check:check_mixed_load", seconds=60),

@@ -20,6 +20,7 @@ from ....kernels.gpu.rotary import rotate_and_store_kernel, rotation_kernel
 from ....kernels.gpu.routing import route_kernel
 from ....kernels.gpu.step import prepare_kernel, record_kernel, update_kernel
 from .compile_case import CompileCase
+from .quantised_compile_cases import QUANTISED_CASES
 from .sampling_compile_cases import SAMPLING_CASES
 
 _FLOATS = ("partial_ptr", "partial_max_ptr", "partial_weight_ptr")
@@ -234,6 +235,7 @@ CASES = [
         )
         for many in (True, False)
     ),
+    *QUANTISED_CASES,
     *SAMPLING_CASES,
     CompileCase(
         update_kernel,

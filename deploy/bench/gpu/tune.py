@@ -4,9 +4,9 @@
     python -m raytroupe.deploy.bench.gpu.tune --experts --seconds 300 --output tuning.json
 
 Attention with heads of 128 and 64, products with the weights of Llama-3-8B and Qwen3-0.6B, and with --experts the
-grouped ones of Qwen3-30B-A3B and Mixtral-8x7B. Time is shared out evenly: what compiles slowly tries fewer
-configurations, the most promising first. The table says what became of it: our kernel beside the library's product, for
-every number of rows that was measured.
+grouped ones of Qwen3-30B-A3B and Mixtral-8x7B, with --quantised those of Llama-3-8B with weights of 4 and 8 bits. Time
+is shared out evenly: what compiles slowly tries fewer configurations, the most promising first. The table says what
+became of it: our kernel beside the library's product in bfloat16, for every number of rows that was measured.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..report import Column, Report, publish, run_as_program
 from .tune_attention import attention_tasks
 from .tune_experts import expert_tasks
 from .tune_linear import linear_tasks
+from .tune_quantised import quantised_tasks
 from .tuning_search import run_all
 
 COLUMNS = [
@@ -42,6 +43,7 @@ COLUMNS = [
 
 def main(
     experts: Annotated[bool, typer.Option(help="Also the grouped products of mixtures of experts.")] = False,
+    quantised: Annotated[bool, typer.Option(help="Also the products with quantised weights.")] = False,
     seconds: Annotated[float, typer.Option(min=1, help="How long to try configurations.")] = 100,
     output: Annotated[Path, typer.Option(help="The file whose entries for this kind of GPU to replace.")] = tuning.FILE,
     json_file: JsonFile = None,
@@ -52,6 +54,7 @@ def main(
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
     tasks = attention_tasks() + linear_tasks() + (expert_tasks() if experts else [])
+    tasks += quantised_tasks() if quantised else []
     content = tuning.read(output if output.exists() else tuning.FILE)
     rows: list[dict[str, Any]] = []
     for tuned in run_all(tasks, device, time.monotonic() + seconds):

@@ -74,7 +74,7 @@ def entry_of(exact: dict[str, str | int], shape: dict[str, int], config: Any) ->
 
 
 def describe(config: Any) -> str:
-    """A configuration on one line: '64 × 128, split 4, 4 warps, …'."""
+    """A configuration on one line: '64 × 128, split 4, 4 warps, …'; without the 128 where that is not chosen."""
     values = dataclasses.asdict(config)
-    tile = f"{values.pop('block_n')} × {values.pop('block_k')}"
+    tile = " × ".join(str(values.pop(size)) for size in ("block_n", "block_k") if size in values)
     return ", ".join([tile, *(f"{name} {value}" for name, value in values.items() if name != "max_rows")])

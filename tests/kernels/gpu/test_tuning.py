@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from raytroupe.cluster.errors import ConfigError
-from raytroupe.deploy.bench.gpu import tune_linear, tuning_search
+from raytroupe.deploy.bench.gpu import tune_linear, tune_quantised, tuning_search
 from raytroupe.deploy.bench.gpu.engine_models import LLAMA_3_8B, QWEN3_0_6B
 from raytroupe.deploy.bench.gpu.tune_linear import Product, crossover, products_of, tune_product
 from raytroupe.deploy.bench.gpu.tuning_search import NEVER, fastest
-from raytroupe.kernels.gpu import tuning
+from raytroupe.kernels.gpu import eight_bit_linear, tuning
+from raytroupe.kernels.gpu.eight_bit_linear import EightBitConfig
 from raytroupe.kernels.gpu.linear import LinearConfig
 from raytroupe.kernels.gpu.moe import BLOCK_ROWS, GroupedConfig
+from raytroupe.kernels.gpu.quantised_linear import QuantisedConfig
+from raytroupe.kernels.gpu.quantised_moe import GroupedQuantisedConfig
 from raytroupe.kernels.gpu.tuning import DEFAULT, TuningTable, kind_of
 
 CONFIGS = {
@@ -19,6 +22,12 @@ CONFIGS = {
     "gated_linear": LinearConfig,
     "experts_gate_up": GroupedConfig,
     "experts_down": GroupedConfig,
+    "quantised_linear": QuantisedConfig,
+    "quantised_gated_linear": QuantisedConfig,
+    "eight_bit_linear": EightBitConfig,
+    "eight_bit_gated_linear": EightBitConfig,
+    "experts_quantised_gate_up": GroupedQuantisedConfig,
+    "experts_quantised_down": GroupedQuantisedConfig,
 }
 
 
@@ -108,6 +117,16 @@ def test_the_default_entries_cover_what_kernels_ask_for():
         for kernel in ("experts_gate_up", "experts_down"):
             for rows, _ in BLOCK_ROWS:
                 default.find(kernel, GroupedConfig, exact | {"block_m": rows}, shape)
+        for bits in (4, 8):
+            for kernel in ("quantised_linear", "quantised_gated_linear"):
+                default.find(kernel, QuantisedConfig, exact | {"bits": bits}, shape)
+            for kernel in ("experts_quantised_gate_up", "experts_quantised_down"):
+                for rows, _ in BLOCK_ROWS:
+                    default.find(kernel, GroupedQuantisedConfig, exact | {"bits": bits, "block_m": rows}, shape)
+    for values in ("int8", "float8"):
+        for kernel in ("eight_bit_linear", "eight_bit_gated_linear"):
+            for rows, _ in eight_bit_linear.BLOCK_ROWS:
+                default.find(kernel, EightBitConfig, {"values": values, "block_m": rows}, shape)
 
 
 def test_every_entry_of_the_file_is_complete():
@@ -119,7 +138,7 @@ def test_every_entry_of_the_file_is_complete():
                 assert entry["source"] in ("measured", "reasoned")
                 if kernel in CONFIGS:
                     config = CONFIGS[kernel](**entry["config"])
-                    tile = (config.block_n, config.block_k, config.warps)
+                    tile = (config.block_n, getattr(config, "block_k", 1), config.warps)
                     assert all(size & (size - 1) == 0 for size in tile)
                     assert min(tile) >= 1
 
@@ -184,3 +203,24 @@ def test_a_product_is_tuned_into_an_entry_that_is_found_again(gated, monkeypatch
     assert found.max_rows in (0, 1, 3)
     assert dataclasses.asdict(found) == tuned.entry["config"]
     assert [row["rows"] for row in tuned.rows] == [1, 3]
+
+
+@pytest.mark.launches("few_rows_quantised_kernel", "dequantise_kernel", "eight_bit_linear_kernel")
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_with_quantised_weights_are_tuned_into_entries_that_are_found_again(gated, monkeypatch):
+    for name, value in (("ROWS", (1, 3)), ("TUNED_ROWS", (1,)), ("TYPICAL", {16: 2}), ("REPEATS", 1)):
+        monkeypatch.setattr(tune_quantised, name, value)
+    product = Product(16, 64, gated=gated)
+    tasks = [
+        lambda device, deadline: tune_quantised.tune_quantised(product, 4, device, deadline),
+        lambda device, deadline: tune_quantised.tune_eight_bit(product, "int8", 16, device, deadline),
+    ]
+    tuned = list(tuning_search.run_all(tasks, torch.device("cpu"), time.monotonic()))
+    content = tuning.read()
+    for one in tuned:
+        tuning.replace(content, "h100", one.kernel, one.entry)
+        found = TuningTable(content, "h100").find(
+            one.kernel, CONFIGS[one.kernel], one.entry["for"], {"outputs": 16, "inputs": 64}
+        )
+        assert dataclasses.asdict(found) == one.entry["config"]
+    assert [[row["rows"] for row in one.rows] for one in tuned] == [[1, 3], [2]]
