@@ -29,6 +29,7 @@ from .native_library import (
     RotateStore,
     RotationOperation,
     Step,
+    Stored,
     instruction_set,
 )
 from .packed_weight import GROUP, PackedWeight, interleave_gate, pack
@@ -221,7 +222,6 @@ class NativeKernels:
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """See `interface.Kernels`."""
-        assert scales is None, "the compiled kernels have no cache of 8 bits"
         kv_heads, num_blocks, block_size, head_dim = k_cache.shape
         heads = qkv.shape[1] - 2 * kv_heads
         cos, sin = rotation
@@ -229,7 +229,7 @@ class NativeKernels:
         assert cos.is_contiguous()
         assert sin.is_contiguous()
         assert cos.dtype == sin.dtype == torch.float32
-        assert qkv.dtype == k_cache.dtype == v_cache.dtype
+        assert k_cache.dtype == v_cache.dtype
         operation = RotateStore(
             Kind.ROTATE_STORE,
             is_bfloat16(qkv.dtype),
@@ -248,9 +248,11 @@ class NativeKernels:
             v_cache.data_ptr(),
             qkv.stride(0),
             num_blocks,
+            *scale_addresses(scales),
+            stored_as(k_cache, qkv.dtype, scales),
         )
         assert isinstance(plan, NativePlan)
-        self._emit(operation, plan.step, qkv, cos, sin, k_cache, v_cache, *(norms or ()))
+        self._emit(operation, plan.step, qkv, cos, sin, k_cache, v_cache, *(norms or ()), *(scales or ()))
         return qkv[:, :heads]
 
     def plan(self, metadata: AttentionMetadata, block_size: int, tokens: Tensor | None = None) -> NativePlan:
@@ -270,11 +272,10 @@ class NativeKernels:
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """See `interface.Kernels`."""
-        assert scales is None, "the compiled kernels have no cache of 8 bits"
         _, heads, head_dim = query.shape
         kv_heads, num_blocks, block_size, _ = k_cache.shape
         assert query.stride()[1:] == (head_dim, 1)
-        assert query.dtype == k_cache.dtype == v_cache.dtype
+        assert k_cache.dtype == v_cache.dtype
         out = self.temporary(query, heads * head_dim, query.dtype, spread=True)
         operation = AttentionOperation(
             Kind.ATTENTION,
@@ -293,9 +294,11 @@ class NativeKernels:
             query.stride(0),
             out.stride(0),
             num_blocks,
+            *scale_addresses(scales),
+            stored_as(k_cache, query.dtype, scales),
         )
         assert isinstance(plan, NativePlan)
-        self._emit(operation, plan.step, query, k_cache, v_cache, out)
+        self._emit(operation, plan.step, query, k_cache, v_cache, out, *(scales or ()))
         return out
 
     def on_host(
@@ -471,6 +474,21 @@ def is_bfloat16(dtype: torch.dtype) -> bool:
     """Whether a kernel takes a tensor for bfloat16; else it takes it for float32."""
     assert dtype in (torch.bfloat16, torch.float32)
     return dtype == torch.bfloat16
+
+
+def stored_as(cache: Tensor, computed: torch.dtype, scales: tuple[Tensor, Tensor] | None) -> Stored:
+    """What a cache for kernels that compute in `computed` holds."""
+    if scales is None:
+        assert cache.dtype == computed
+        return Stored.AS_COMPUTED
+    assert all(part.is_contiguous() and part.dtype == torch.float32 for part in scales)
+    assert all(part.shape == cache.shape[:3] for part in scales)
+    return {torch.int8: Stored.INT8, torch.float8_e4m3fn: Stored.FLOAT8}[cache.dtype]
+
+
+def scale_addresses(scales: tuple[Tensor, Tensor] | None) -> tuple[int | None, int | None]:
+    """Of the scales of keys and of values."""
+    return (None, None) if scales is None else (scales[0].data_ptr(), scales[1].data_ptr())
 
 
 def row_stride(x: Tensor) -> int:

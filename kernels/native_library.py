@@ -52,6 +52,14 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 """`enum Activation`, by the names of `kernels/activation.py`."""
 
 
+class Stored(enum.IntEnum):
+    """`enum Stored`."""
+
+    AS_COMPUTED = 0
+    INT8 = 1
+    FLOAT8 = 2
+
+
 class Step(ctypes.Structure):
     """`struct Step`."""
 
@@ -130,6 +138,9 @@ class RotateStore(ctypes.Structure):
         ("v_cache", _POINTER),
         ("stride", _INT64),
         ("num_blocks", _INT64),
+        ("k_scales", _POINTER),
+        ("v_scales", _POINTER),
+        ("stored", _INT32),
     ]
 
 
@@ -153,6 +164,9 @@ class AttentionOperation(ctypes.Structure):
         ("query_stride", _INT64),
         ("out_stride", _INT64),
         ("num_blocks", _INT64),
+        ("k_scales", _POINTER),
+        ("v_scales", _POINTER),
+        ("stored", _INT32),
     ]
 
 

@@ -36,24 +36,41 @@ INLINE __m512bh load_bfloat16(const uint16_t *values)
 // as VALUE_STEP of them.
 constexpr int VALUE_STEP = 4;
 
-INLINE int lines_per_score(const Fetch<uint16_t> &ahead, int blocks, int rows, int dim)
+template <typename stored>
+INLINE int lines_per_score(const Fetch<stored> &ahead, int blocks, int rows, int dim)
 {
     const int steps = blocks * LANES / 2 * ((dim + 4 * LANES - 1) / (4 * LANES));
     const int work = blocks * LANES * rows + steps * VALUE_STEP;
     return (ahead.all() + work - 1) / work;
 }
 
-// The scores of all rows with the tile's tokens.
-INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int blocks, int first, int count,
-                           int dim, Fetch<uint16_t> &ahead, int lines)
+// Sixteen keys as bfloat16: where they are, or widened to `space.keys`.
+template <typename stored>
+INLINE void find_keys(const uint16_t *(&keys)[LANES], const Space<uint16_t> &space, const stored *const *from, int dim)
 {
-    for (int block = 0; block < blocks; block++)
+    for (int i = 0; i < LANES; i++)
+        if constexpr (EIGHT_BITS<stored>) {
+            keys[i] = space.keys + (int64_t)i * dim;
+            for (int d = 0; d < dim; d += DIRECT_DIM)
+                _mm512_store_si512(space.keys + (int64_t)i * dim + d, widen_some(from[i] + d, DIRECT_DIM));
+        } else
+            keys[i] = from[i];
+}
+
+// The scores of all rows with the tile's tokens.
+template <typename stored>
+INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<stored> &tokens, int blocks, int first, int count,
+                           int dim, Fetch<stored> &ahead, int lines)
+{
+    for (int block = 0; block < blocks; block++) {
+        const uint16_t *keys[LANES];
+        find_keys(keys, space, tokens.keys + block * LANES, dim);
         for (int row = first; row < first + count; row++) {
             const uint16_t *query = space.query + (int64_t)row * space.query_stride;
             __m512 sums[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) {
-                const uint16_t *key = tokens.keys[block * LANES + i];
+                const uint16_t *key = keys[i];
                 sums[i] = _mm512_setzero_ps();
                 for (int d = 0; d < dim; d += DIRECT_DIM)
                     sums[i] = _mm512_dpbf16_ps(sums[i], load_bfloat16(key + d), load_bfloat16(query + d));
@@ -61,12 +78,13 @@ INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<uint16_
             }
             _mm512_storeu_ps(space.rows.scores + row * TILE_TOKENS + block * LANES, sums_of_all(sums));
         }
+    }
 }
 
 // The sums of ROWS rows, corrected, plus their weights × the values, for the dimensions of WIDTH blocks from `from` on.
-template <int ROWS, int WIDTH>
-INLINE void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first, int from,
-                         Fetch<uint16_t> &ahead, int lines)
+template <int ROWS, int WIDTH, typename stored>
+INLINE void add_directly(const Space<uint16_t> &space, const TokenTile<stored> &tokens, int steps, int first, int from,
+                         Fetch<stored> &ahead, int lines)
 {
     lanes sums[ROWS][WIDTH];
     for (int row = 0; row < ROWS; row++)
@@ -89,9 +107,9 @@ INLINE void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t>
             store_lanes(space.sums + (int64_t)(first + row) * space.width + from + block * LANES, sums[row][block]);
 }
 
-template <int ROWS>
-static void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first, int dim,
-                         Fetch<uint16_t> &ahead, int lines)
+template <int ROWS, typename stored>
+static void add_directly(const Space<uint16_t> &space, const TokenTile<stored> &tokens, int steps, int first, int dim,
+                         Fetch<stored> &ahead, int lines)
 {
     int from = 0;
     for (; from + 4 * LANES <= dim; from += 4 * LANES)
@@ -100,8 +118,9 @@ static void add_directly(const Space<uint16_t> &space, const TokenTile<uint16_t>
         add_directly<ROWS, 2>(space, tokens, steps, first, from, ahead, lines);
 }
 
-INLINE void add_directly(int rows, const Space<uint16_t> &space, const TokenTile<uint16_t> &tokens, int steps, int first,
-                         int dim, Fetch<uint16_t> &ahead, int lines)
+template <typename stored>
+INLINE void add_directly(int rows, const Space<uint16_t> &space, const TokenTile<stored> &tokens, int steps, int first,
+                         int dim, Fetch<stored> &ahead, int lines)
 {
     switch (rows) {
     case 1: return add_directly<1>(space, tokens, steps, first, dim, ahead, lines);

@@ -1,11 +1,15 @@
 // A thread's memory for an item: the places of its tokens, which are fetched ahead, packed tiles, scores and sums.
 
 // Where the tokens [begin, begin + count) of an item are: a tile's keys, then its values.
-template <typename element> struct TokenTile {
-    const element *keys[TILE_TOKENS], *values[TILE_TOKENS];
+template <typename stored> struct TokenTile {
+    const stored *keys[TILE_TOKENS], *values[TILE_TOKENS];
     int begin, count = 0;
+    // With 8 bits: where the scales of each run of tokens side by side are, fetched meanwhile, and then the scales.
+    const float *key_runs[TILE_TOKENS], *value_runs[TILE_TOKENS];
+    alignas(64) float key_scales[TILE_TOKENS], value_scales[TILE_TOKENS];
+    int run_ends[TILE_TOKENS], runs;
 
-    void find(const Attention &op, const Step &step, const Item &item, int first, const element *zeros)
+    void find(const Attention &op, const Step &step, const Item &item, int first, const stored *zeros)
     {
         const int64_t head = (int64_t)item.kv_head * op.num_blocks;
         const int32_t *table = step.block_tables + (int64_t)item.sequence * step.table_width;
@@ -13,26 +17,55 @@ template <typename element> struct TokenTile {
         count = item.end - first < item.tile_tokens ? item.end - first : item.tile_tokens;
         const int64_t block_elements = (int64_t)op.block_size * op.head_dim;
         int block = first / op.block_size, offset = first % op.block_size, i = 0;
+        runs = 0;
         while (i < count) {
-            int64_t at = (head + table[block++]) * block_elements + (int64_t)offset * op.head_dim;
+            const int64_t place = head + table[block++];
+            int64_t at = place * block_elements + (int64_t)offset * op.head_dim;
             const int left = op.block_size - offset, end = left < count - i ? i + left : count;
+            if constexpr (EIGHT_BITS<stored>)
+                find_scales(op, place * op.block_size + offset, end);
             for (; i < end; i++, at += op.head_dim) {
-                keys[i] = (const element *)op.k_cache + at;
-                values[i] = (const element *)op.v_cache + at;
+                keys[i] = (const stored *)op.k_cache + at;
+                values[i] = (const stored *)op.v_cache + at;
             }
             offset = 0;
         }
-        for (; i % LANES; i++)
+        for (; i % LANES; i++) {
             keys[i] = values[i] = zeros;
+            key_scales[i] = value_scales[i] = 0.0f;
+        }
+    }
+
+    // Fill in the scales.
+    void load_scales()
+    {
+        for (int run = 0, i = 0; run < runs; run++) {
+            const float *key_run = key_runs[run], *value_run = value_runs[run];
+            for (; i < run_ends[run]; i++) {
+                key_scales[i] = *key_run++;
+                value_scales[i] = *value_run++;
+            }
+        }
+    }
+
+  private:
+    void find_scales(const Attention &op, int64_t slot, int end)
+    {
+        key_runs[runs] = op.k_scales + slot;
+        value_runs[runs] = op.v_scales + slot;
+        run_ends[runs] = end;
+        __builtin_prefetch(key_runs[runs]);
+        __builtin_prefetch(value_runs[runs]);
+        runs++;
     }
 };
 
 // Fetches a tile one line after the other, a few at a time, into the second-level cache: it waits for more lines at once
 // than the first-level cache does. (Measured on blocks of 2 KiB: 17 GB/s a core; into the first-level cache 10 GB/s.)
-template <typename element> class Fetch {
+template <typename stored> class Fetch {
   public:
-    Fetch(const TokenTile<element> &tile, int dim)
-        : tile_(tile), bytes_(dim * (int)sizeof(element)), per_token_((bytes_ + 63) / 64)
+    Fetch(const TokenTile<stored> &tile, int dim)
+        : tile_(tile), bytes_(dim * (int)sizeof(stored)), per_token_((bytes_ + 63) / 64)
     {
     }
 
@@ -56,7 +89,7 @@ template <typename element> class Fetch {
     int all() const { return 2 * tile_.count * per_token_; }
 
   private:
-    const TokenTile<element> &tile_;
+    const TokenTile<stored> &tile_;
     const int bytes_, per_token_;
     int done_ = 0, offset_ = 0;
 };
@@ -71,7 +104,7 @@ template <typename element> struct Space {
     float *sums;    // [rows, width] of weighted values
     packed *query;  // [rows, query_stride]
     element *zeros; // [head_dim]
-    TokenTile<element> *tokens;
+    packed *keys;   // [LANES, head_dim] of a cache of 8 bits
 
     // The bytes needed; with `memory` also points everything into it.
     size_t lay_out(const Attention &op, char *memory)
@@ -97,7 +130,7 @@ template <typename element> struct Space {
         sums = (float *)take(most * width * sizeof(float));
         query = (packed *)take(most * query_stride * sizeof(packed));
         zeros = (element *)take(dim * sizeof(element));
-        tokens = (TokenTile<element> *)take(2 * sizeof(TokenTile<element>));
+        keys = (packed *)take(op.stored ? LANES * dim * sizeof(packed) : 0);
         return used;
     }
 };
