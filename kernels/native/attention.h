@@ -14,9 +14,10 @@
 #include "attention_items.h"
 #include "attention_space.h"
 #include "attention_direct.h"
+#include "attention_int8.h"
 #include "attention_pieces.h"
 
-template <typename element>
+template <typename element, typename stored>
 INLINE void begin_item(const Attention &op, const Step &step, const Item &item, Space<element> &space)
 {
     typedef typename Packed<element>::type packed;
@@ -36,6 +37,9 @@ INLINE void begin_item(const Attention &op, const Step &step, const Item &item, 
                 target[d] = 0;
         }
     }
+    if constexpr (MAY_BE_DIRECT<element> && IS_INT8<stored>)
+        for (int row = 0; row < rows && fits_whole(rows, dim); row++)
+            round_query(space, row, dim);
     for (int row = 0; row < rows; row++) {
         space.rows.largest[row] = LOWEST;
         space.rows.totals[row] = register_lanes{};
@@ -124,7 +128,10 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     bool direct = false;
     int lines = 0; // to fetch with every score
     if constexpr (MAY_BE_DIRECT<element>) {
-        direct = count <= DIRECT_ROWS && dim % DIRECT_DIM == 0;
+        if constexpr (IS_INT8<stored>)
+            direct = fits_whole(item.queries * group, dim);
+        else
+            direct = count <= DIRECT_ROWS && dim % DIRECT_DIM == 0;
         if (direct) {
             lines = lines_per_score(ahead, blocks, count, dim);
             score_directly(space, tokens, blocks, first, count, dim, ahead, lines);
@@ -147,6 +154,12 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
         store_register(space.rows.keep + row, exp2_register(previous - load_register(space.rows.largest + row)));
     }
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
+        if constexpr (MAY_BE_DIRECT<element> && IS_INT8<stored>) {
+            if (direct) {
+                weigh_in_whole(space, row, begin, end, blocks * LANES, scaling, value_scales);
+                return ahead.lines(SOFTMAX_LINES);
+            }
+        }
         weigh<packed>(space.rows, row, begin, end, blocks * LANES, scaling, value_scales);
         ahead.lines(direct ? SOFTMAX_LINES : 0);
     });
@@ -183,7 +196,7 @@ template <typename element, typename stored> INLINE void run_attention(const Att
     for (bool more = true; more;) {
         more = place.move_to(op, step, worker.claim());
         const Item following = more ? Item(op, step, place) : item;
-        begin_item(op, step, item, space);
+        begin_item<element, stored>(op, step, item, space);
         for (int begin = item.begin; begin < item.end; begin += item.tile_tokens) {
             if (begin + item.tile_tokens < item.end)
                 next->find(op, step, item, begin + item.tile_tokens, zeros);

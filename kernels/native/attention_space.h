@@ -94,6 +94,13 @@ template <typename stored> class Fetch {
     int done_ = 0, offset_ = 0;
 };
 
+// For direct products with int8, see attention_int8.h.
+struct WholeRows {
+    int16_t *query;   // [DIRECT_ROWS, head_dim]
+    uint8_t *weights; // [DIRECT_ROWS, 2, TILE_TOKENS]
+    float *query_units, *weight_units; // [DIRECT_ROWS] what a one means
+};
+
 // A thread's memory for an item.
 template <typename element> struct Space {
     typedef typename Packed<element>::type packed;
@@ -105,6 +112,7 @@ template <typename element> struct Space {
     packed *query;  // [rows, query_stride]
     element *zeros; // [head_dim]
     packed *keys;   // [LANES, head_dim] of a cache of 8 bits
+    WholeRows whole;
 
     // The bytes needed; with `memory` also points everything into it.
     size_t lay_out(const Attention &op, char *memory)
@@ -130,7 +138,11 @@ template <typename element> struct Space {
         sums = (float *)take(most * width * sizeof(float));
         query = (packed *)take(most * query_stride * sizeof(packed));
         zeros = (element *)take(dim * sizeof(element));
-        keys = (packed *)take(op.stored ? LANES * dim * sizeof(packed) : 0);
+        keys = (packed *)take(LANES * dim * sizeof(packed));
+        whole.query = (int16_t *)take(DIRECT_ROWS * dim * sizeof(int16_t));
+        whole.weights = (uint8_t *)take(DIRECT_ROWS * 2 * TILE_TOKENS);
+        whole.query_units = (float *)take(DIRECT_ROWS * sizeof(float));
+        whole.weight_units = (float *)take(DIRECT_ROWS * sizeof(float));
         return used;
     }
 };

@@ -9,6 +9,7 @@
 // its scores, a value's to its weights.
 
 constexpr int TILE_TOKENS = 128;
+constexpr int DIRECT_ROWS = 4; // as many may be multiplied without packing: attention_direct.h
 // PRODUCT_ROWS rows × PANEL blocks of sums are in registers. They are spelt in vectors of a register's own size: GCC keeps
 // arrays of longer ones in memory.
 #if NATIVE_AVX512
