@@ -57,10 +57,19 @@ def launches(monkeypatch):
 @pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(6, 100), (40, 300)])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_moe"])
 def test_the_warm_up_launches_all_that_requests_need(family, max_num_seqs, max_tokens, tmp_path, launches):
+    check(make_tiny_model(family, tmp_path), launches, max_num_seqs, max_tokens)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_so_it_does_with_a_cache_of_8_bits(stored, tmp_path, launches):
+    check(make_tiny_model("gemma2", tmp_path), launches, 6, 100, kv_cache_dtype=stored)
+
+
+def check(folder, launches, max_num_seqs, max_tokens, **options):
     shard = Shard(
         ShardConfig(
-            folder=make_tiny_model(family, tmp_path), dtype="float32", device="cpu", block_size=BLOCK_SIZE,
-            max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_tokens,
+            folder=folder, dtype="float32", device="cpu", block_size=BLOCK_SIZE, max_num_seqs=max_num_seqs,
+            max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_tokens, **options,
         )
     )  # fmt: skip
     shard.connect()
