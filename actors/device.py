@@ -57,7 +57,11 @@ def resolve_kv_dtype(asked: str, dtype: torch.dtype, device: torch.device) -> to
     """
     if asked == "auto":
         return dtype
-    if asked == "fp8" and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < _FP8_CAPABILITY:
+    if (
+        asked == "fp8"
+        and device.type == "cuda"
+        and (found := torch.cuda.get_device_capability(device)) < _FP8_CAPABILITY
+    ):
         raise ConfigError(
             f"kv_cache_dtype = 'fp8': the GPU has compute capability {found[0]}.{found[1]} and fp8 needs "
             f"{_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]}; use 'int8', which is as small"

@@ -78,7 +78,7 @@ class ModelConfig(_Strict):
     kv_cache_memory: Bytes | None = None
     """Bytes per shard; default: what is left on the device."""
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
-    """What keys and values are stored in; "auto": in what the model computes in. With 8 bits every head of a token has a
+    """What keys and values are stored in; "auto": what the model computes in. With 8 bits every head of a token has a
     scale."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     enable_prefix_caching: bool = True

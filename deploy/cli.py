@@ -75,7 +75,8 @@ def serve(
         str | None, typer.Option(help="Per shard, such as 2GiB. Default: what is left on the device.")
     ] = None,
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="auto (as computed), int8 or fp8: with 8 bits the cache holds almost twice as much.")
+        str | None,
+        typer.Option(help="auto (as computed), int8 or fp8: with 8 bits the cache holds almost twice as much."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads per shard.")] = None,

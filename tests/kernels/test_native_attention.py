@@ -47,8 +47,8 @@ class Shape:
 
 
 class Batch:
-    """Sequences of (queries, context) tokens in shuffled blocks; all of the cache that is not theirs is NaN, or in 8 bits
-    has such scales."""
+    """Sequences of (queries, context) tokens in shuffled blocks; all of the cache that is not theirs is NaN, or has such
+    scales."""
 
     def __init__(self, shape: Shape, sequences: list[tuple[int, int]], seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
