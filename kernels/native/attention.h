@@ -147,7 +147,8 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     }
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
         raise_largest(space.rows, row, begin, end, scaling, key_scales);
-        ahead.lines(direct ? SOFTMAX_LINES : 0);
+        if constexpr (!IS_INT8<stored>)
+            ahead.lines(direct ? SOFTMAX_LINES : 0);
     });
     for (int row = first; row < first + count; row += WIDE) {
         const register_lanes previous = load_register(space.rows.previous + row);
@@ -157,7 +158,7 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
         if constexpr (MAY_BE_DIRECT<element> && IS_INT8<stored>) {
             if (direct) {
                 weigh_in_whole(space, row, begin, end, blocks * LANES, scaling, value_scales);
-                return ahead.lines(SOFTMAX_LINES);
+                return;
             }
         }
         weigh<packed>(space.rows, row, begin, end, blocks * LANES, scaling, value_scales);

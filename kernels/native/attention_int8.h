@@ -35,28 +35,59 @@ INLINE void round_query(const Space<uint16_t> &space, int row, int dim)
     space.whole.query_units[row] = unit + sum_of_lanes(broken);
 }
 
+// The scores of ROWS rows with sixteen tokens, as many sums at a time as registers hold. The lines that hold the same places
+// of the next tile are fetched meanwhile.
+template <int ROWS>
+INLINE void score_tokens(const Space<uint16_t> &space, const TokenTile<Int8> &tokens, int begin, int first, int dim,
+                         const Fetch<Int8> &ahead)
+{
+    constexpr int KEYS = LANES / ROWS;
+    for (int token = begin; token < begin + LANES; token += KEYS) {
+        signed_bits sums[LANES]; // of KEYS tokens with row 0, then with row 1 …
+#pragma GCC unroll 16
+        for (int i = 0; i < KEYS; i++) {
+            const Int8 *key = tokens.keys[token + i];
+            __m512i sum[ROWS];
+            for (int row = 0; row < ROWS; row++)
+                sum[row] = _mm512_setzero_si512();
+            for (int d = 0; d < dim; d += WHOLE_DIM) {
+                const __m512i lower = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(key + d)));
+                const __m512i upper = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(key + d) + 1));
+                for (int row = 0; row < ROWS; row++) {
+                    const int16_t *query = space.whole.query + (int64_t)(first + row) * dim + d;
+                    sum[row] = _mm512_dpwssd_epi32(sum[row], lower, _mm512_loadu_si512(query));
+                    sum[row] = _mm512_dpwssd_epi32(sum[row], upper, _mm512_loadu_si512(query + 2 * LANES));
+                }
+                ahead.line_of_key(token + i, d);
+            }
+            for (int row = 0; row < ROWS; row++)
+                sums[row * KEYS + i] = (signed_bits)sum[row];
+        }
+        const lanes scores = __builtin_convertvector(sums_of_all(sums), lanes);
+        for (int row = 0; row < ROWS; row++) {
+            const float unit = space.whole.query_units[first + row];
+            float *target = space.rows.scores + (first + row) * TILE_TOKENS + token;
+            for (int i = 0; i < KEYS; i++)
+                target[i] = scores[row * KEYS + i] * unit;
+        }
+    }
+}
+
 // As for other types.
 INLINE void score_directly(const Space<uint16_t> &space, const TokenTile<Int8> &tokens, int blocks, int first, int count, int dim,
-                           Fetch<Int8> &ahead, int lines)
+                           Fetch<Int8> &ahead, int)
 {
-    for (int block = 0; block < blocks; block++)
-        for (int row = first; row < first + count; row++) {
-            const int16_t *query = space.whole.query + (int64_t)row * dim;
-            signed_bits sums[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                const Int8 *key = tokens.keys[block * LANES + i];
-                __m512i sum = _mm512_setzero_si512();
-                for (int d = 0; d < dim; d += 2 * LANES) {
-                    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(key + d)));
-                    sum = _mm512_dpwssd_epi32(sum, wide, _mm512_loadu_si512(query + d));
-                }
-                sums[i] = (signed_bits)sum;
-                ahead.lines(lines);
-            }
-            store_lanes(space.rows.scores + row * TILE_TOKENS + block * LANES,
-                        __builtin_convertvector(sums_of_all(sums), lanes) * space.whole.query_units[row]);
+    for (int begin = 0; begin < blocks * LANES; begin += LANES) {
+        int row = first, left = count;
+        for (; left >= 4; row += 4, left -= 4)
+            score_tokens<4>(space, tokens, begin, row, dim, ahead);
+        if (left >= 2) {
+            score_tokens<2>(space, tokens, begin, row, dim, ahead);
+            row += 2, left -= 2;
         }
+        if (left)
+            score_tokens<1>(space, tokens, begin, row, dim, ahead);
+    }
 }
 
 // `weigh`, with weights in whole numbers: their upper bytes, then their lower ones.
@@ -83,8 +114,8 @@ INLINE void weigh_in_whole(const Space<uint16_t> &space, int row, int begin, int
 // four tokens are brought together within quarters of a register: lane 4 q + i of vector j is dimension 16 q + 4 j + i, and
 // the upper half are vectors 2 and 3.
 template <int ROWS, bool UPPER>
-static void add_directly(const Space<uint16_t> &space, const TokenTile<Int8> &tokens, int first, int from, Fetch<Int8> &ahead,
-                         int lines)
+static void add_directly(const Space<uint16_t> &space, const TokenTile<Int8> &tokens, int first, int from,
+                         const Fetch<Int8> &ahead)
 {
     __m512i upper[ROWS][2], lower[ROWS][2];
     for (int row = 0; row < ROWS; row++)
@@ -93,8 +124,11 @@ static void add_directly(const Space<uint16_t> &space, const TokenTile<Int8> &to
     const uint8_t *weights = space.whole.weights + first * 2 * TILE_TOKENS;
     for (int token = 0; token < tokens.count; token += 4) {
         __m512i x[4];
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < 4; i++) {
             x[i] = _mm512_loadu_si512(tokens.values[token + i] + from);
+            if (!UPPER)
+                ahead.line_of_value(token + i, from);
+        }
         const __m512i a = UPPER ? _mm512_unpackhi_epi8(x[0], x[1]) : _mm512_unpacklo_epi8(x[0], x[1]);
         const __m512i b = UPPER ? _mm512_unpackhi_epi8(x[2], x[3]) : _mm512_unpacklo_epi8(x[2], x[3]);
         const __m512i fours[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
@@ -107,7 +141,6 @@ static void add_directly(const Space<uint16_t> &space, const TokenTile<Int8> &to
                 lower[row][j] = _mm512_dpbusd_epi32(lower[row][j], _mm512_set1_epi32(least), fours[j]);
             }
         }
-        ahead.lines(lines * VALUE_STEP);
     }
     for (int row = 0; row < ROWS; row++)
         for (int j = 0; j < 2; j++) {
@@ -127,12 +160,13 @@ static void add_directly(const Space<uint16_t> &space, const TokenTile<Int8> &to
 
 template <int ROWS>
 static void add_directly(const Space<uint16_t> &space, const TokenTile<Int8> &tokens, int, int first, int dim,
-                         Fetch<Int8> &ahead, int lines)
+                         Fetch<Int8> &ahead, int)
 {
     for (int from = 0; from < dim; from += WHOLE_DIM) {
-        add_directly<ROWS, false>(space, tokens, first, from, ahead, lines);
-        add_directly<ROWS, true>(space, tokens, first, from, ahead, lines);
+        add_directly<ROWS, false>(space, tokens, first, from, ahead);
+        add_directly<ROWS, true>(space, tokens, first, from, ahead);
     }
+    ahead.tokens_from(tokens.count);
 }
 
 template <typename stored>

@@ -86,6 +86,29 @@ template <typename stored> class Fetch {
 
     void rest() { tokens(2 * TILE_TOKENS); }
 
+    // The line that holds the bytes from `offset` on of a token's key, or value, if there is such a token: for work that goes
+    // through the tile before it in the same order. What that tile is too short for is fetched by `tokens_from`.
+    __attribute__((always_inline)) inline void line_of_key(int token, int offset) const
+    {
+        if (token < tile_.count)
+            __builtin_prefetch((const char *)tile_.keys[token] + offset, 0, 2);
+    }
+
+    __attribute__((always_inline)) inline void line_of_value(int token, int offset) const
+    {
+        if (token < tile_.count)
+            __builtin_prefetch((const char *)tile_.values[token] + offset, 0, 2);
+    }
+
+    void tokens_from(int token) const
+    {
+        for (; token < tile_.count; token++)
+            for (int offset = 0; offset < bytes_; offset += 64) {
+                line_of_key(token, offset);
+                line_of_value(token, offset);
+            }
+    }
+
     int all() const { return 2 * tile_.count * per_token_; }
 
   private:

@@ -47,7 +47,7 @@ class Shape:
 
 
 class Batch:
-    """Sequences of (queries, context) tokens in shuffled blocks; all of the cache that is not theirs is NaN, or has such
+    """Sequences of (queries, context) tokens in shuffled blocks; what else is in the cache is NaN, or has such
     scales."""
 
     def __init__(self, shape: Shape, sequences: list[tuple[int, int]], seed: int = 0) -> None:
