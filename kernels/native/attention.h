@@ -128,7 +128,7 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     bool direct = false;
     int lines = 0; // to fetch with every score
     if constexpr (MAY_BE_DIRECT<element>) {
-        if constexpr (IS_INT8<stored>)
+        if constexpr (IS_INT8<stored>) // the item's rows, for which `begin_item` has rounded the queries
             direct = fits_whole(item.queries * group, dim);
         else
             direct = count <= DIRECT_ROWS && dim % DIRECT_DIM == 0;
