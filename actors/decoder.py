@@ -26,7 +26,7 @@ from ..kernels.interface import Kernels, Linear, Plan, Program, Rotation
 from ..kernels.linear import PlainLinear
 from ..kernels.norm import scale_by_rms, sum_of_squares
 from .collectives import Collectives
-from .kv_cache import KVCache
+from .kv_cache import KVCache, LayerCache
 from .rope import Rotary
 from .weights import LayerWeights, MLPWeights, MoEWeights, Weights
 
@@ -141,7 +141,7 @@ class Decoder:
         x = self._layers[0].normalise(hidden)
         for index, (layer, following) in enumerate(itertools.pairwise((*self._layers, None))):
             assert layer is not None
-            x = layer.forward(hidden, x, rotations[layer.rope], plan, *kv_cache.layer(index), following)
+            x = layer.forward(hidden, x, rotations[layer.rope], plan, kv_cache.layer(index), following)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -225,8 +225,7 @@ class _Layer:
         x: Tensor,
         rotation: Rotation,
         plan: Plan,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: LayerCache,
         following: _Layer | None,
     ) -> Tensor:
         """Add this layer's contribution to `hidden` [T, hidden] in place.
@@ -238,7 +237,7 @@ class _Layer:
         Returns:
             The input of the following layer: additions and the norms behind them are one kernel where that is faster.
         """
-        attended = self._attention.forward(x, rotation, plan, k_cache, v_cache)
+        attended = self._attention.forward(x, rotation, plan, cache)
         x = self._project(hidden, self._attention.output, attended, self._attention_output_norm, self._mlp_input_norm)
         next_norm = following._input_norm if following is not None else None
         if isinstance(self._mlp, _MLP):
@@ -318,7 +317,7 @@ class _Attention:
         """[T, heads * head_dim] → [T, hidden], to be summed over shards."""
         self._kernels, self._collectives = kernels, collectives
 
-    def forward(self, x: Tensor, rotation: Rotation, plan: Plan, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, plan: Plan, cache: LayerCache) -> Tensor:
         """[T, hidden] → [T, heads * head_dim], for `output`."""
         kernels = self._kernels
         qkv = self._qkv(x)
@@ -327,14 +326,22 @@ class _Attention:
         query = kernels.rotate_and_store(
             qkv.view(len(qkv), self._heads + 2 * self._kv_heads, self._head_dim),
             rotation,
-            k_cache,
-            v_cache,
+            cache.keys,
+            cache.values,
             plan,
             norms=self._head_norms,
             eps=self._eps,
+            scales=cache.scales,
         )
         return kernels.attention(
-            query, k_cache, v_cache, plan, scale=self._scale, window=self._window, softcap=self._softcap
+            query,
+            cache.keys,
+            cache.values,
+            plan,
+            scale=self._scale,
+            window=self._window,
+            softcap=self._softcap,
+            scales=cache.scales,
         )
 
     def _normalise(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:

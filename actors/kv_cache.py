@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..cluster.model_spec import ModelSpec
 from ..cluster.topology import ShardLayout
 from ..kernels import huge_pages
+from ..kernels.quantised_kv import LIMITS
+
+
+class LayerCache(NamedTuple):
+    """Of one layer."""
+
+    keys: Tensor
+    """[kv_heads, num_blocks, block_size, head_dim], like `values`."""
+    values: Tensor
+    scales: tuple[Tensor, Tensor] | None
+    """Of keys and of values, each [kv_heads, num_blocks, block_size] float32; None unless the cache is of 8 bits."""
 
 
 class KVCache:
@@ -27,14 +40,21 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (len(layout.layers(spec)), 2, layout.num_kv_heads(spec), num_blocks, block_size, spec.head_dim)
+        """`dtype` is what the decoder computes in, or one of `quantised_kv.LIMITS`."""
+        shape = (len(layout.layers(spec)), 2, layout.num_kv_heads(spec), num_blocks, block_size)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        cache = (
-            huge_pages.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-        )
-        self._layers = [(keys, values) for keys, values in cache]
+        cache = _zeros((*shape, spec.head_dim), dtype, device)
+        scales = _zeros(shape, torch.float32, device) if dtype in LIMITS else None
+        self._layers = [
+            LayerCache(keys, values, None if scales is None else (scales[index, 0], scales[index, 1]))
+            for index, (keys, values) in enumerate(cache)
+        ]
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of this stage's `index`-th layer, each [kv_heads, num_blocks, block_size, head_dim]."""
+    def layer(self, index: int) -> LayerCache:
+        """This stage's `index`-th layer."""
         return self._layers[index]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return huge_pages.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)

@@ -79,6 +79,7 @@ class LocalEngine:
                 dtype=config.dtype,
                 device=config.device,
                 load_format=config.load_format,
+                kv_cache_dtype=config.kv_cache_dtype,
                 block_size=config.block_size,
                 max_num_seqs=config.max_num_seqs,
                 max_model_len=max_model_len,
@@ -93,12 +94,15 @@ class LocalEngine:
         if num_blocks is None:
             self.memory = plan_kv_memory(
                 [self.shard.memory()],
-                bytes_per_block=kv_bytes_per_block(spec, layout, config.block_size, self.shard.dtype.itemsize),
+                bytes_per_block=kv_bytes_per_block(
+                    spec, layout, config.block_size, self.shard.dtype.itemsize, config.kv_cache_dtype
+                ),
                 block_size=config.block_size,
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_num_seqs,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 kv_cache_memory=config.kv_cache_memory,
+                kv_cache_dtype=config.kv_cache_dtype,
             )
             num_blocks = self.memory.num_blocks
             logger.info("%s: %s", config.name, self.memory.reasoning)

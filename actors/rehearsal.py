@@ -19,6 +19,7 @@ from ..cluster.topology import ShardLayout, layer_matrices
 from ..kernels.gpu.triton_kernels import TritonKernels
 from .collectives import SingleShard
 from .decoder import Decoder
+from .device import resolve_kv_dtype
 from .device_runner import DeviceRunner
 from .kv_cache import KVCache
 from .out_of_memory import is_out_of_memory
@@ -68,7 +69,8 @@ def rehearse(spec: ModelSpec, config: ShardConfig, device: torch.device, dtype: 
         kernels = TritonKernels(device, dtype)
         collectives = Rehearsal(layout)
         decoder = Decoder(small, layout, weights, kernels, collectives, config.max_model_len, dtype, device)
-        cache = KVCache(small, layout, 1, config.block_size, dtype, device)
+        kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype, device)
+        cache = KVCache(small, layout, 1, config.block_size, kv_dtype, device)
         runner = new_runner(decoder, cache, small, layout, collectives, kernels, config, device, dtype)
         assert isinstance(runner, DeviceRunner)
         runner.warm_up(record=False)

@@ -30,6 +30,8 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     gpu_memory_utilization: float
     kv_cache_memory: int | None
+    kv_cache_dtype: str
+    """"auto", "int8" or "fp8"."""
     enable_prefix_caching: bool
     num_threads: int | None
     """CPU threads per shard; None: as many as its share of its node's cores (`cluster/cpu_plan.py`)."""

@@ -19,7 +19,7 @@ from . import device_memory
 from .background import Background
 from .collectives import Collectives, connect
 from .decoder import Decoder
-from .device import resolve_device, resolve_dtype
+from .device import resolve_device, resolve_dtype, resolve_kv_dtype
 from .executor import Pending
 from .kv_cache import KVCache
 from .out_of_memory import Stage, out_of_memory_named
@@ -45,7 +45,7 @@ class Shard:
 
         Raises:
             CheckpointError: the folder holds no model that is supported.
-            ConfigError: there is no such device here.
+            ConfigError: there is no such device here, or it cannot do what is asked.
         """
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -54,6 +54,7 @@ class Shard:
         self.spec = load_spec(config.folder)
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.spec.dtype, self.device)
+        self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, self.device)
         self._collectives: Collectives | None = None
         self._decoder: Decoder | None = None
         self._kernels: Kernels | None = None
@@ -192,7 +193,9 @@ class Shard:
         assert self._decoder is not None, "load first"
         config = self.config
         assert self._kernels is not None, "load first"
-        cache = self._cache = KVCache(self.spec, config.layout, num_blocks, config.block_size, self.dtype, self.device)
+        cache = self._cache = KVCache(
+            self.spec, config.layout, num_blocks, config.block_size, self.kv_dtype, self.device
+        )
         return new_runner(
             self._decoder,
             cache,

@@ -150,6 +150,7 @@ class ShardActor:
             dtype=settings.dtype,
             device=settings.device,
             load_format=settings.load_format,
+            kv_cache_dtype=settings.kv_cache_dtype,
             block_size=settings.block_size,
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
@@ -165,7 +166,9 @@ class ShardActor:
     def _report(self) -> ShardReport:
         assert self._shard is not None, "load first"
         shard, settings = self._shard, self._settings
-        block_bytes = kv_bytes_per_block(shard.spec, self._layout, settings.block_size, shard.dtype.itemsize)
+        block_bytes = kv_bytes_per_block(
+            shard.spec, self._layout, settings.block_size, shard.dtype.itemsize, settings.kv_cache_dtype
+        )
         cpus = self._plan.explain(self._cpus) if settings.device == "cpu" else None
         return ShardReport(shard.memory(), str(shard.dtype).removeprefix("torch."), block_bytes, cpus)
 

@@ -21,6 +21,8 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True):
     """"auto", "cpu" or "cuda"."""
     load_format: str = "auto"
     """"auto": the folder's safetensors; "dummy": random weights (`actors/dummy_weights.py`)."""
+    kv_cache_dtype: str = "auto"
+    """"auto": the dtype; "int8" or "fp8": with a scale per token and head (`kernels/quantised_kv.py`)."""
     block_size: int = 16
     max_num_seqs: int = 64
     max_model_len: int = 2048

@@ -79,6 +79,9 @@ class ModelConfig(_Strict):
     """Part of a GPU's memory that may be in use in the end, weights, a step and KV cache together."""
     kv_cache_memory: Bytes | None = None
     """Bytes per shard; default: what is left on the device."""
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """What keys and values are stored in; "auto": what the model computes in. With 8 bits every head of a token has a
+    scale."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     enable_prefix_caching: bool = True
     num_threads: int | None = Field(None, ge=1, le=256)

@@ -72,6 +72,7 @@ def plan_kv_memory(
     gpu_memory_utilization: float = 0.9,
     shards_on_device: int = 1,
     kv_cache_memory: int | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> KVMemory:
     """Divide the memory of the tightest device among the shards on it.
 
@@ -84,6 +85,7 @@ def plan_kv_memory(
         gpu_memory_utilization: part of a GPU that may be in use in the end, by whomever.
         shards_on_device: shards that share a device's memory: those on the node (CPU) or on the GPU.
         kv_cache_memory: bytes per shard that the user wants instead of the default.
+        kv_cache_dtype: as configured, for the reasoning.
 
     Raises:
         ConfigError: the memory does not suffice for one request of `max_model_len`, or the user wants more than is
@@ -112,8 +114,9 @@ def plan_kv_memory(
             f"{format_bytes(needed)}; {_remedy(needed, usable * block_size, by_share)}"
         )
     size = num_blocks * bytes_per_block
+    stored = "" if kv_cache_dtype == "auto" else f" in {kv_cache_dtype}"
     reasoning = (
-        f"KV cache: {format_bytes(size)} of {described} = {usable} blocks of {block_size} tokens, "
+        f"KV cache{stored}: {format_bytes(size)} of {described} = {usable} blocks of {block_size} tokens, "
         f"{usable // blocks_per_request} requests of {max_model_len} tokens ({source})"
     )
     return KVMemory(num_blocks, size, reasoning)

@@ -118,10 +118,21 @@ def check_topology(spec: ModelSpec, tp: int, pp: int) -> None:
         )
 
 
-def kv_bytes_per_block(spec: ModelSpec, layout: ShardLayout, block_size: int, dtype_bytes: int) -> int:
-    """Bytes of one KV block on this shard: keys and values of its layers and heads for `block_size` tokens."""
-    per_token = 2 * layout.num_kv_heads(spec) * spec.head_dim * dtype_bytes
-    return len(layout.layers(spec)) * block_size * per_token
+SCALE_BYTES = 4
+"""Of the scale of a head's key or value in a cache of 8 bits."""
+
+
+def kv_bytes_per_block(
+    spec: ModelSpec, layout: ShardLayout, block_size: int, dtype_bytes: int, kv_cache_dtype: str = "auto"
+) -> int:
+    """Bytes of one KV block on this shard: keys and values of its layers and heads for `block_size` tokens.
+
+    Args:
+        dtype_bytes: of a number that the shard computes with.
+        kv_cache_dtype: "auto": the cache holds such numbers; "int8" or "fp8".
+    """
+    per_head = spec.head_dim * dtype_bytes if kv_cache_dtype == "auto" else spec.head_dim + SCALE_BYTES
+    return len(layout.layers(spec)) * block_size * 2 * layout.num_kv_heads(spec) * per_head
 
 
 class Matrix(NamedTuple):

@@ -23,7 +23,7 @@ def check_evaluated(model: ModelConfig, spec: ModelSpec, folder: Path) -> None:
     Raises:
         ConfigError: the model is a variant without a passed evaluation of the weights that lie there now.
     """
-    kv_cache_dtype = getattr(model, "kv_cache_dtype", "auto")
+    kv_cache_dtype = model.kv_cache_dtype
     changes = [] if spec.quantisation is None else [f"its weights are quantised ({spec.quantisation.label})"]
     if kv_cache_dtype != "auto":
         changes.append(f"kv_cache_dtype = {kv_cache_dtype}")

@@ -70,6 +70,7 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
             block_size=model.block_size,
             gpu_memory_utilization=model.gpu_memory_utilization,
             kv_cache_memory=model.kv_cache_memory,
+            kv_cache_dtype=model.kv_cache_dtype,
             enable_prefix_caching=model.enable_prefix_caching,
             num_threads=model.num_threads,
             shards_per_node=sharing,
@@ -122,10 +123,14 @@ def _check_kv_memory(settings: ReplicaSettings, spec: ModelSpec, dtype_bytes: in
         return
     plan_kv_memory(
         [device],
-        bytes_per_block=max(kv_bytes_per_block(spec, layout, settings.block_size, dtype_bytes) for layout in layouts),
+        bytes_per_block=max(
+            kv_bytes_per_block(spec, layout, settings.block_size, dtype_bytes, settings.kv_cache_dtype)
+            for layout in layouts
+        ),
         block_size=settings.block_size,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         shards_on_device=sharing,
         kv_cache_memory=settings.kv_cache_memory,
+        kv_cache_dtype=settings.kv_cache_dtype,
     )

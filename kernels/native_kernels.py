@@ -27,6 +27,7 @@ from .native_library import (
     RotateStore,
     RotationOperation,
     Step,
+    Stored,
     instruction_set,
 )
 from .native_linear import LibraryLinear, NativeGatedLinear, NativeLinear, is_bfloat16, row_stride
@@ -232,7 +233,6 @@ class NativeKernels:
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """See `interface.Kernels`."""
-        assert scales is None, "the compiled kernels have no cache of 8 bits"
         kv_heads, num_blocks, block_size, head_dim = k_cache.shape
         heads = qkv.shape[1] - 2 * kv_heads
         cos, sin = rotation
@@ -240,7 +240,7 @@ class NativeKernels:
         assert cos.is_contiguous()
         assert sin.is_contiguous()
         assert cos.dtype == sin.dtype == torch.float32
-        assert qkv.dtype == k_cache.dtype == v_cache.dtype
+        assert k_cache.dtype == v_cache.dtype
         operation = RotateStore(
             Kind.ROTATE_STORE,
             is_bfloat16(qkv.dtype),
@@ -259,9 +259,11 @@ class NativeKernels:
             v_cache.data_ptr(),
             qkv.stride(0),
             num_blocks,
+            *scale_addresses(scales),
+            stored_as(k_cache, qkv.dtype, scales),
         )
         assert isinstance(plan, NativePlan)
-        self._emit(operation, plan.step, qkv, cos, sin, k_cache, v_cache, *(norms or ()))
+        self._emit(operation, plan.step, qkv, cos, sin, k_cache, v_cache, *(norms or ()), *(scales or ()))
         return qkv[:, :heads]
 
     def plan(self, metadata: AttentionMetadata, block_size: int, tokens: Tensor | None = None) -> NativePlan:
@@ -281,11 +283,10 @@ class NativeKernels:
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """See `interface.Kernels`."""
-        assert scales is None, "the compiled kernels have no cache of 8 bits"
         _, heads, head_dim = query.shape
         kv_heads, num_blocks, block_size, _ = k_cache.shape
         assert query.stride()[1:] == (head_dim, 1)
-        assert query.dtype == k_cache.dtype == v_cache.dtype
+        assert k_cache.dtype == v_cache.dtype
         out = self.temporary(query, heads * head_dim, query.dtype, spread=True)
         operation = AttentionOperation(
             Kind.ATTENTION,
@@ -304,9 +305,11 @@ class NativeKernels:
             query.stride(0),
             out.stride(0),
             num_blocks,
+            *scale_addresses(scales),
+            stored_as(k_cache, query.dtype, scales),
         )
         assert isinstance(plan, NativePlan)
-        self._emit(operation, plan.step, query, k_cache, v_cache, out)
+        self._emit(operation, plan.step, query, k_cache, v_cache, out, *(scales or ()))
         return out
 
     def on_host(
@@ -384,3 +387,18 @@ class NativeKernels:
 
     def _record_to(self, program: NativeProgram | None) -> None:
         self._program = program
+
+
+def stored_as(cache: Tensor, computed: torch.dtype, scales: tuple[Tensor, Tensor] | None) -> Stored:
+    """What a cache for kernels that compute in `computed` holds."""
+    if scales is None:
+        assert cache.dtype == computed
+        return Stored.AS_COMPUTED
+    assert all(part.is_contiguous() and part.dtype == torch.float32 for part in scales)
+    assert all(part.shape == cache.shape[:3] for part in scales)
+    return {torch.int8: Stored.INT8, torch.float8_e4m3fn: Stored.FLOAT8}[cache.dtype]
+
+
+def scale_addresses(scales: tuple[Tensor, Tensor] | None) -> tuple[int | None, int | None]:
+    """Of the scales of keys and of values."""
+    return (None, None) if scales is None else (scales[0].data_ptr(), scales[1].data_ptr())

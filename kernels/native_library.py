@@ -53,6 +53,14 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 """`enum Activation`, by the names of `kernels/activation.py`."""
 
 
+class Stored(enum.IntEnum):
+    """`enum Stored`."""
+
+    AS_COMPUTED = 0
+    INT8 = 1
+    FLOAT8 = 2
+
+
 class Step(ctypes.Structure):
     """`struct Step`."""
 
@@ -146,6 +154,9 @@ class RotateStore(ctypes.Structure):
         ("v_cache", _POINTER),
         ("stride", _INT64),
         ("num_blocks", _INT64),
+        ("k_scales", _POINTER),
+        ("v_scales", _POINTER),
+        ("stored", _INT32),
     ]
 
 
@@ -169,6 +180,9 @@ class AttentionOperation(ctypes.Structure):
         ("query_stride", _INT64),
         ("out_stride", _INT64),
         ("num_blocks", _INT64),
+        ("k_scales", _POINTER),
+        ("v_scales", _POINTER),
+        ("stored", _INT32),
     ]
 
 

@@ -9,13 +9,15 @@ AVX-512 core, gathering included: this 2.2 ms; scaled_dot_product_attention on t
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .attention_metadata import AttentionMetadata
 from .attention_plan import AttentionPlan, DecodeBucket, PrefillRow
-from .quantised_kv import quantise
+from .quantised_kv import dequantise, quantise
 
 
 def store_kv(
@@ -70,6 +72,7 @@ class PagedAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """softmax(softcap(scale * Q Kᵀ) + mask) V for every row; the softmax is float32.
 
@@ -78,16 +81,21 @@ class PagedAttention:
             k_cache, v_cache: [kv_heads, num_blocks, block_size, head_dim], holding this step's keys already.
             window: a query at position p sees keys at positions > p - window.
             softcap: scores s become softcap * tanh(s / softcap).
+            scales: as `store_kv` wrote them; what a step reads of such a cache is expanded to the queries' dtype.
 
         Returns:
             [T, heads, head_dim].
         """
+        k_cached, v_cached = (
+            _Cached(cache, None if scales is None else scales[index], query.dtype)
+            for index, cache in enumerate((k_cache, v_cache))
+        )
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if plan.metadata.decode_rows:
             for bucket in plan.decode_buckets(window):
-                out[bucket.rows] = self._decode(query[bucket.rows], k_cache, v_cache, bucket, scale, softcap)
+                out[bucket.rows] = self._decode(query[bucket.rows], k_cached, v_cached, bucket, scale, softcap)
         for row in plan.prefill_rows(window):
-            keys, values = _gather_row(k_cache, row), _gather_row(v_cache, row)
+            keys, values = k_cached.row(row), v_cached.row(row)
             attended, queries = out[row.tokens], query[row.tokens]
             for chunk, visible in row.chunks():
                 if softcap is None:
@@ -97,26 +105,29 @@ class PagedAttention:
         return out
 
     def _decode(
-        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, bucket: DecodeBucket, scale: float, softcap: float | None
+        self, query: Tensor, keys: _Cached, values: _Cached, bucket: DecodeBucket, scale: float, softcap: float | None
     ) -> Tensor:
         """[r, heads, head_dim] → the same. One batched product per pair of row and KV head, over its query heads."""
-        kv_heads, _, block_size, head_dim = k_cache.shape
+        kv_heads, _, block_size, head_dim = keys.numbers.shape
         rows, group = bucket.count, query.shape[1] // kv_heads
         batch, tokens = kv_heads * rows, len(bucket.blocks) // rows * block_size
         by_head = query.view(rows, kv_heads, group, head_dim).transpose(0, 1).reshape(batch, group, head_dim)
-        keys = self._gather(k_cache, bucket.blocks).view(batch, tokens, head_dim)
-        scores = torch.bmm(by_head, keys.transpose(1, 2)).view(kv_heads, rows, group, tokens)
+        gathered = self._gather(keys, bucket.blocks).view(batch, tokens, head_dim)
+        scores = torch.bmm(by_head, gathered.transpose(1, 2)).view(kv_heads, rows, group, tokens)
         if softcap is None:
             scores = scores.float().mul_(scale)
         else:
             scores = scores.float().mul_(scale / softcap).tanh_().mul_(softcap)
         scores.masked_fill_(bucket.hidden, -torch.inf)
         weights = torch.softmax(scores, -1).to(query.dtype).view(batch, group, tokens)
-        values = self._gather(v_cache, bucket.blocks).view(batch, tokens, head_dim)  # takes the place of the keys
-        return torch.bmm(weights, values).view(kv_heads, rows, group, head_dim).transpose(0, 1).flatten(1, 2)
+        gathered = self._gather(values, bucket.blocks).view(batch, tokens, head_dim)  # takes the place of the keys
+        return torch.bmm(weights, gathered).view(kv_heads, rows, group, head_dim).transpose(0, 1).flatten(1, 2)
 
-    def _gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
+    def _gather(self, cached: _Cached, blocks: Tensor) -> Tensor:
         """The blocks side by side in the workspace, which the next call overwrites."""
+        if cached.scales is not None:
+            return cached.blocks(blocks)
+        cache = cached.numbers
         kv_heads, _, block_size, head_dim = cache.shape
         shape = (kv_heads, len(blocks), block_size, head_dim)
         size = kv_heads * len(blocks) * block_size * head_dim
@@ -125,9 +136,27 @@ class PagedAttention:
         return torch.index_select(cache, 1, blocks, out=self._workspace[:size].view(shape))
 
 
-def _gather_row(cache: Tensor, row: PrefillRow) -> Tensor:
-    """[kv_heads, num_keys, head_dim]."""
-    return cache.index_select(1, row.blocks).flatten(1, 2)[:, : row.num_keys]
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cached:
+    """A layer's keys, or its values."""
+
+    numbers: Tensor
+    """[kv_heads, num_blocks, block_size, head_dim]."""
+    scales: Tensor | None
+    """[kv_heads, num_blocks, block_size], of a cache of 8 bits."""
+    dtype: torch.dtype
+    """What is computed in."""
+
+    def blocks(self, blocks: Tensor) -> Tensor:
+        """[kv_heads, number of blocks, block_size, head_dim], a new tensor."""
+        if self.scales is None:
+            return self.numbers.index_select(1, blocks)
+        stored = _bits(self.numbers).index_select(1, blocks).view(self.numbers.dtype)
+        return dequantise(stored, self.scales.index_select(1, blocks), self.dtype)
+
+    def row(self, row: PrefillRow) -> Tensor:
+        """[kv_heads, num_keys, head_dim]."""
+        return self.blocks(row.blocks).flatten(1, 2)[:, : row.num_keys]
 
 
 def _prefill(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Tensor:

@@ -14,8 +14,8 @@ def quantise(heads: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     original, but for rounding. A head of zeros has scale 1."""
     limit = LIMITS[dtype]
     wide = heads.float()
-    peak = wide.abs().amax(-1)
-    scale = torch.where(peak > 0, peak / limit, 1.0)
+    scale = wide.abs().amax(-1) / limit
+    scale = torch.where(scale > 0, scale, 1.0)
     scaled = wide / scale[..., None]
     if not dtype.is_floating_point:
         scaled = torch.floor(scaled + 0.5)

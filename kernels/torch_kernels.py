@@ -15,7 +15,6 @@ from .interface import Experts, ExpertWeights, Linear, Plan, Program, Rotation
 from .linear import PackedLinear, PlainLinear, can_pack, look_up
 from .norm import rms_norm
 from .paged_attention import PagedAttention, store_kv
-from .quantised_kv import dequantise
 from .quantised_linear import QuantisedLinear
 from .quantised_weight import QuantisedWeight, Weight
 from .rotary import rotate_
@@ -128,12 +127,11 @@ class TorchKernels:
         softcap: float | None,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """See `interface.Kernels`. A cache of 8 bits is expanded as a whole: this says what is meant, and no more."""
+        """See `interface.Kernels`."""
         assert isinstance(plan, AttentionPlan)
-        if scales is not None:
-            k_cache = dequantise(k_cache, scales[0], query.dtype)
-            v_cache = dequantise(v_cache, scales[1], query.dtype)
-        return self._attention(query, k_cache, v_cache, plan, scale=scale, window=window, softcap=softcap).flatten(1)
+        return self._attention(
+            query, k_cache, v_cache, plan, scale=scale, window=window, softcap=softcap, scales=scales
+        ).flatten(1)
 
     def on_host(self, function: Callable[[Tensor], Tensor], x: Tensor, *, in_place: bool = False) -> Tensor:
         """See `interface.Kernels`."""

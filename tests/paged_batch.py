@@ -99,12 +99,13 @@ class Stage:
         max_model_len: int = 512,
         dtype: torch.dtype = torch.float32,
         way: str = "recorded",
+        stored: torch.dtype | None = None,
     ) -> None:
         self.spec, self.layout = load_spec(folder), layout
         weights = load_weights(folder, self.spec, layout, dtype, CPU)
         kernels = kernels_for(way, dtype)
         self.decoder = Decoder(self.spec, layout, weights, kernels, collectives, max_model_len, dtype, CPU)
-        self.cache = KVCache(self.spec, layout, 128, 8, dtype, CPU)
+        self.cache = KVCache(self.spec, layout, 128, 8, stored or dtype, CPU)
         if way.startswith("recorded"):
             self.decoder.record(self.cache, MAX_TOKENS)
 
@@ -119,9 +120,10 @@ class DecoderDriver:
         max_model_len: int = 512,
         dtype: torch.dtype = torch.float32,
         way: str = "recorded",
+        stored: torch.dtype | None = None,
     ) -> None:
-        """`way` is one of `WAYS`."""
-        self.stage = Stage(folder, ShardLayout(), SingleShard(), max_model_len, dtype, way)
+        """`way` is one of `WAYS`; `stored` what the cache holds, if not `dtype`."""
+        self.stage = Stage(folder, ShardLayout(), SingleShard(), max_model_len, dtype, way, stored)
         self.sequences = sequences
         self.blocks = BlockTables(block_size=8, num_blocks=128)
         self.logits: list[list[Tensor]] = [[] for _ in sequences]

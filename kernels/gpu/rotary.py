@@ -76,9 +76,9 @@ def rotate_and_store_kernel(
     row = kv_head * (cache_stride // HEAD_DIM) + slot
     stored = k_ptr.dtype.element_ty
     if SCALED:
-        peak = tl.max(tl.abs(finite), 1)
         limit = 127.0 if INTEGER else 448.0
-        scale = tl.where(peak > 0.0, peak / limit, 1.0)
+        scale = tl.max(tl.abs(finite), 1) / limit
+        scale = tl.where(scale > 0.0, scale, 1.0)
         tl.store(k_scales_ptr + row, scale, mask=is_key)
         tl.store(v_scales_ptr + row, scale, mask=is_value)
         finite = finite / scale[:, None]

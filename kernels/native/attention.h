@@ -14,9 +14,10 @@
 #include "attention_items.h"
 #include "attention_space.h"
 #include "attention_direct.h"
+#include "attention_int8.h"
 #include "attention_pieces.h"
 
-template <typename element>
+template <typename element, typename stored>
 INLINE void begin_item(const Attention &op, const Step &step, const Item &item, Space<element> &space)
 {
     typedef typename Packed<element>::type packed;
@@ -36,6 +37,9 @@ INLINE void begin_item(const Attention &op, const Step &step, const Item &item, 
                 target[d] = 0;
         }
     }
+    if constexpr (MAY_BE_DIRECT<element> && IS_INT8<stored>)
+        for (int row = 0; row < rows && fits_whole(rows, dim); row++)
+            round_query(space, row, dim);
     for (int row = 0; row < rows; row++) {
         space.rows.largest[row] = LOWEST;
         space.rows.totals[row] = register_lanes{};
@@ -96,9 +100,9 @@ INLINE void multiply_values(const Space<element> &space, const Sight &sight, int
 }
 
 // One tile of keys and values for all rows that see any of them; `ahead` is fetched meanwhile.
-template <typename element>
-INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling, const TokenTile<element> &tokens,
-                   Space<element> &space, Fetch<element> ahead)
+template <typename element, typename stored>
+INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling, TokenTile<stored> &tokens,
+                   Space<element> &space, Fetch<stored> ahead)
 {
     typedef typename Packed<element>::type packed;
     const int group = op.heads / op.kv_heads, dim = op.head_dim, blocks = blocks_of(tokens.count);
@@ -115,10 +119,19 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
                 work(row, sight.begin(query), sight.end(query));
     };
 
+    const float *key_scales = nullptr, *value_scales = nullptr;
+    if constexpr (EIGHT_BITS<stored>) {
+        tokens.load_scales();
+        key_scales = tokens.key_scales;
+        value_scales = tokens.value_scales;
+    }
     bool direct = false;
     int lines = 0; // to fetch with every score
     if constexpr (MAY_BE_DIRECT<element>) {
-        direct = count <= DIRECT_ROWS && dim % DIRECT_DIM == 0;
+        if constexpr (IS_INT8<stored>) // the item's rows, for which `begin_item` has rounded the queries
+            direct = fits_whole(item.queries * group, dim);
+        else
+            direct = count <= DIRECT_ROWS && dim % DIRECT_DIM == 0;
         if (direct) {
             lines = lines_per_score(ahead, blocks, count, dim);
             score_directly(space, tokens, blocks, first, count, dim, ahead, lines);
@@ -133,15 +146,22 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
         ahead.tokens(12);
     }
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
-        raise_largest(space.rows, row, begin, end, scaling);
-        ahead.lines(direct ? SOFTMAX_LINES : 0);
+        raise_largest(space.rows, row, begin, end, scaling, key_scales);
+        if constexpr (!IS_INT8<stored>)
+            ahead.lines(direct ? SOFTMAX_LINES : 0);
     });
     for (int row = first; row < first + count; row += WIDE) {
         const register_lanes previous = load_register(space.rows.previous + row);
         store_register(space.rows.keep + row, exp2_register(previous - load_register(space.rows.largest + row)));
     }
     for_visible([&](int row, int begin, int end) __attribute__((always_inline)) {
-        weigh<packed>(space.rows, row, begin, end, blocks * LANES, scaling);
+        if constexpr (MAY_BE_DIRECT<element> && IS_INT8<stored>) {
+            if (direct) {
+                weigh_in_whole(space, row, begin, end, blocks * LANES, scaling, value_scales);
+                return;
+            }
+        }
+        weigh<packed>(space.rows, row, begin, end, blocks * LANES, scaling, value_scales);
         ahead.lines(direct ? SOFTMAX_LINES : 0);
     });
     if constexpr (MAY_BE_DIRECT<element>) {
@@ -157,7 +177,7 @@ INLINE void attend(const Attention &op, const Item &item, const Scaling &scaling
     ahead.rest();
 }
 
-template <typename element> INLINE void run_attention(const Attention &op, const Step &step, Worker &worker)
+template <typename element, typename stored> INLINE void run_attention(const Attention &op, const Step &step, Worker &worker)
 {
     Space<element> space;
     char *memory = worker.scratch<char>(space.lay_out(op, nullptr));
@@ -170,22 +190,23 @@ template <typename element> INLINE void run_attention(const Attention &op, const
         return;
     Pieces<element> pieces(op, step, space.width);
     const Scaling scaling(op.scale, op.softcap);
-    TokenTile<element> *now = space.tokens, *next = now + 1;
+    TokenTile<stored> tiles[2], *now = tiles, *next = tiles + 1;
+    const stored *zeros = (const stored *)space.zeros;
     Item item(op, step, place);
-    now->find(op, step, item, item.begin, space.zeros);
+    now->find(op, step, item, item.begin, zeros);
     for (bool more = true; more;) {
         more = place.move_to(op, step, worker.claim());
         const Item following = more ? Item(op, step, place) : item;
-        begin_item(op, step, item, space);
+        begin_item<element, stored>(op, step, item, space);
         for (int begin = item.begin; begin < item.end; begin += item.tile_tokens) {
             if (begin + item.tile_tokens < item.end)
-                next->find(op, step, item, begin + item.tile_tokens, space.zeros);
+                next->find(op, step, item, begin + item.tile_tokens, zeros);
             else if (more)
-                next->find(op, step, following, following.begin, space.zeros);
+                next->find(op, step, following, following.begin, zeros);
             else
                 next->count = 0;
-            attend(op, item, scaling, *now, space, Fetch<element>(*next, op.head_dim));
-            TokenTile<element> *done = now;
+            attend(op, item, scaling, *now, space, Fetch<stored>(*next, op.head_dim));
+            TokenTile<stored> *done = now;
             now = next;
             next = done;
         }
@@ -199,11 +220,20 @@ template <typename element> INLINE void run_attention(const Attention &op, const
     }
 }
 
+template <typename element> static void attention_of(const Attention &op, const Step &step, Worker &worker)
+{
+    switch (op.stored) {
+    case AS_COMPUTED: return run_attention<element, element>(op, step, worker);
+    case STORED_INT8: return run_attention<element, Int8>(op, step, worker);
+    case STORED_FLOAT8: return run_attention<element, Float8>(op, step, worker);
+    }
+}
+
 static void attention(const Operation &operation, const Step &step, Worker &worker)
 {
     const Attention &op = static_cast<const Attention &>(operation);
     if (op.bfloat16)
-        run_attention<uint16_t>(op, step, worker);
+        attention_of<uint16_t>(op, step, worker);
     else
-        run_attention<float>(op, step, worker);
+        attention_of<float>(op, step, worker);
 }

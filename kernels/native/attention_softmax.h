@@ -97,17 +97,20 @@ struct Scaling {
     }
 };
 
-// previous = largest; largest = the larger of it and of the scores at [begin, end).
-INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const Scaling &scaling)
+// previous = largest; largest = the larger of it and of the scores at [begin, end), which are first multiplied by the scales
+// of their keys, if there are any.
+INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const Scaling &scaling, const float *key_scales)
 {
     float *scores = rows.scores + row * TILE_TOKENS;
     register_lanes largest = register_lanes{} + rows.largest[row];
     for (int i = begin / WIDE * WIDE; i < end; i += WIDE) {
         register_lanes x = load_register(scores + i);
-        if (scaling.capped) {
+        if (key_scales)
+            x *= load_register(key_scales + i);
+        if (scaling.capped)
             x = tanh_register(x * scaling.slope);
+        if (key_scales || scaling.capped)
             store_register(scores + i, x);
-        }
         x *= scaling.factor;
         if (begin > i || end < i + WIDE)
             x = between(begin - i, end - i) ? x : register_lanes{} + LOWEST;
@@ -117,9 +120,11 @@ INLINE void raise_largest(const Rows &rows, int row, int begin, int end, const S
     rows.largest[row] = largest_of(largest);
 }
 
-// The scores become weights: of what a row sees, [begin, end), relative to its largest score, and 0 elsewhere.
+// The scores become weights: of what a row sees, [begin, end), relative to its largest score, and 0 elsewhere. Those that
+// are kept have the scales of their values in them, if there are any.
 template <typename packed>
-INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, const Scaling &scaling)
+INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, const Scaling &scaling,
+                  const float *value_scales)
 {
     float *scores = rows.scores + row * TILE_TOKENS;
     packed *weights = (packed *)scores;
@@ -132,6 +137,8 @@ INLINE void weigh(const Rows &rows, int row, int begin, int end, int tokens, con
             if (begin > i || end < i + WIDE)
                 x = between(begin - i, end - i) ? x : register_lanes{};
             total += x;
+            if (value_scales)
+                x *= load_register(value_scales + i);
         }
         if constexpr (sizeof(packed) == 2)
             store_lanes(weights + i, x);

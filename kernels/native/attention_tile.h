@@ -5,9 +5,11 @@
 //     values    [panels of 4 × 16 dimensions][tokens / 2][blocks of 16 dimensions][2 tokens]
 //
 // With bfloat16 and the instructions for it: pairs of bfloat16, multiplied two at a time. Otherwise float32, one at a
-// time: bfloat16 is widened once, here, and not in every product.
+// time: bfloat16 is widened once, here, and not in every product. So are 8 bits, without their scales: a key's is applied to
+// its scores, a value's to its weights.
 
 constexpr int TILE_TOKENS = 128;
+constexpr int DIRECT_ROWS = 4; // as many may be multiplied without packing: attention_direct.h
 // PRODUCT_ROWS rows × PANEL blocks of sums are in registers. They are spelt in vectors of a register's own size: GCC keeps
 // arrays of longer ones in memory.
 #if NATIVE_AVX512
@@ -45,7 +47,11 @@ template <typename packed> INLINE int steps_of(int count)
 template <typename packed, typename element> INLINE signed_bits load_steps(const element *values, int count)
 {
     constexpr int full = LANES * PER_STEP<packed>;
-    if constexpr (sizeof(packed) == 2) {
+    if constexpr (sizeof(packed) == 2 && EIGHT_BITS<element>) {
+#if NATIVE_BFLOAT16
+        return (signed_bits)widen_some(values, count);
+#endif
+    } else if constexpr (sizeof(packed) == 2) {
         signed_bits bits = {};
         if (count >= full)
             memcpy(&bits, values, sizeof bits);
@@ -92,6 +98,11 @@ INLINE __m128 load_quarter(const float *values) { return _mm_loadu_ps(values); }
 INLINE __m128 load_quarter(const uint16_t *values)
 {
     return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)values)));
+}
+
+template <typename stored> INLINE __m128 load_quarter(const stored *values)
+{
+    return _mm_setr_ps(load(values), load(values + 1), load(values + 2), load(values + 3));
 }
 #endif
 

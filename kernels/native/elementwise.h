@@ -106,12 +106,35 @@ INLINE void rotated_head(const RotateStore &op, int64_t row, const element *x, c
     });
 }
 
-template <typename element> INLINE void rotate_store_rows(const RotateStore &op, const Step &step, Worker &worker)
+// Keys or values of a head to their slot, in 8 bits and with a scale: kernels/quantised_kv.py.
+template <typename element, typename stored>
+INLINE void store_scaled(const element *head, int dim, stored *target, float *scale)
+{
+    lanes largest = {};
+    for_lanes(dim, [&](int i, int count) __attribute__((always_inline)) {
+        const lanes x = finite<element>(load_up_to(head + i, count)), size = select(x < 0.0f, -x, x);
+        largest = select(size > largest, size, largest);
+    });
+    float peak = 0.0f;
+    for (int i = 0; i < LANES; i++)
+        peak = largest[i] > peak ? largest[i] : peak;
+    const float share = peak / stored::LIMIT;
+    *scale = share > 0.0f ? share : 1.0f;
+    for_lanes(dim, [&](int i, int count) __attribute__((always_inline)) {
+        lanes x = finite<element>(load_up_to(head + i, count)) / *scale;
+        x = select(x > stored::LIMIT, broadcast(stored::LIMIT), x);
+        store_up_to(target + i, select(x < -stored::LIMIT, broadcast(-stored::LIMIT), x), count);
+    });
+}
+
+template <typename element, typename stored>
+INLINE void rotate_store_rows(const RotateStore &op, const Step &step, Worker &worker)
 {
     const int dim = op.head_dim;
-    float *head = worker.scratch<float>(dim);
+    float *head = worker.scratch<float>(2 * dim);
     if (!head)
         return;
+    [[maybe_unused]] element *rounded = (element *)(head + dim); // a key, as it would be without a scale
     for_rows(step, worker, [&](int64_t row) __attribute__((always_inline)) {
         element *query = (element *)op.qkv + row * op.stride;
         for (int h = 0; h < op.heads; h++) {
@@ -123,24 +146,41 @@ template <typename element> INLINE void rotate_store_rows(const RotateStore &op,
         }
         const element *keys = query + (int64_t)op.heads * dim, *values = keys + (int64_t)op.kv_heads * dim;
         for (int h = 0; h < op.kv_heads; h++) {
-            const int64_t slot = (h * op.num_blocks * op.block_size + step.slot_mapping[row]) * dim;
-            element *key_slot = (element *)op.k_cache + slot, *value_slot = (element *)op.v_cache + slot;
+            const int64_t slot = h * op.num_blocks * op.block_size + step.slot_mapping[row];
+            stored *key_slot = (stored *)op.k_cache + slot * dim, *value_slot = (stored *)op.v_cache + slot * dim;
+            const element *value = values + (int64_t)h * dim;
             rotated_head(op, row, keys + (int64_t)h * dim, op.key_norm, head);
-            for_lanes(dim, [&](int i, int count) __attribute__((always_inline)) {
-                store_up_to(key_slot + i, finite<element>(load_up_to(head + i, count)), count);
-                store_up_to(value_slot + i, finite<element>(load_up_to(values + (int64_t)h * dim + i, count)), count);
-            });
+            if constexpr (EIGHT_BITS<stored>) {
+                for_lanes(dim, [&](int i, int count) __attribute__((always_inline)) {
+                    store_up_to(rounded + i, load_up_to(head + i, count), count);
+                });
+                store_scaled(rounded, dim, key_slot, op.k_scales + slot);
+                store_scaled(value, dim, value_slot, op.v_scales + slot);
+            } else
+                for_lanes(dim, [&](int i, int count) __attribute__((always_inline)) {
+                    store_up_to(key_slot + i, finite<element>(load_up_to(head + i, count)), count);
+                    store_up_to(value_slot + i, finite<element>(load_up_to(value + i, count)), count);
+                });
         }
     });
+}
+
+template <typename element> static void rotate_store_of(const RotateStore &op, const Step &step, Worker &worker)
+{
+    switch (op.stored) {
+    case AS_COMPUTED: return rotate_store_rows<element, element>(op, step, worker);
+    case STORED_INT8: return rotate_store_rows<element, Int8>(op, step, worker);
+    case STORED_FLOAT8: return rotate_store_rows<element, Float8>(op, step, worker);
+    }
 }
 
 static void rotate_store(const Operation &operation, const Step &step, Worker &worker)
 {
     const RotateStore &op = static_cast<const RotateStore &>(operation);
     if (op.bfloat16)
-        rotate_store_rows<uint16_t>(op, step, worker);
+        rotate_store_of<uint16_t>(op, step, worker);
     else
-        rotate_store_rows<float>(op, step, worker);
+        rotate_store_of<float>(op, step, worker);
 }
 
 template <typename element> INLINE void gate_rows(const GatedActivation &op, const Step &step, Worker &worker)

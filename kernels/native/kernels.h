@@ -1,6 +1,7 @@
 // All kernels in the namespace and for the instruction set of the file that includes this.
 namespace NATIVE_NAMESPACE {
 #include "lanes.h"
+#include "stored_kv.h"
 #include "compressed_weight.h"
 #include "linear.h"
 #include "quantised_rows.h"

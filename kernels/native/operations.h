@@ -29,6 +29,9 @@ enum Epilogue : int32_t {
 
 enum Activation : int32_t { SILU, GELU, GELU_TANH };
 
+// What a cache holds. With 8 bits, a scale for every KV head of a token: stored_kv.h.
+enum Stored : int32_t { AS_COMPUTED, STORED_INT8, STORED_FLOAT8 };
+
 // One step's batch; kernels/attention_metadata.py says what the arrays hold.
 struct Step {
     const int64_t *slot_mapping;  // [rows]
@@ -101,6 +104,8 @@ struct RotateStore : Operation {
     const float *key_norm;
     void *k_cache, *v_cache;  // [kv_heads, num_blocks, block_size, head_dim]
     int64_t stride, num_blocks;
+    float *k_scales, *v_scales; // [kv_heads, num_blocks, block_size], of a cache of 8 bits
+    int32_t stored;
 };
 
 // out = softmax(softcap(scale * Q Kᵀ) + mask) V, per sequence over its blocks, causally.
@@ -114,6 +119,8 @@ struct Attention : Operation {
     const void *k_cache, *v_cache;
     void *out;         // [rows, heads, head_dim]
     int64_t query_stride, out_stride, num_blocks;
+    const float *k_scales, *v_scales; // as for RotateStore
+    int32_t stored;
 };
 
 // out = activation(gate) * up, x = [gate | up].

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raytroupe.actors import device as device_module
-from raytroupe.actors.device import cpu_has_bfloat16, resolve_device, resolve_dtype
+from raytroupe.actors.device import cpu_has_bfloat16, resolve_device, resolve_dtype, resolve_kv_dtype
 from raytroupe.cluster.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -46,3 +46,18 @@ def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 0)
     assert resolve_device("cpu") == CPU
+
+
+def test_dtype_of_the_cache(monkeypatch):
+    assert resolve_kv_dtype("auto", torch.bfloat16, CPU) is torch.bfloat16
+    assert resolve_kv_dtype("int8", torch.bfloat16, CPU) is torch.int8
+    assert resolve_kv_dtype("fp8", torch.float32, CPU) is torch.float8_e4m3fn
+    gpu = torch.device("cuda", 0)
+    for capability, has_fp8 in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert resolve_kv_dtype("int8", torch.bfloat16, gpu) is torch.int8
+        if has_fp8:
+            assert resolve_kv_dtype("fp8", torch.bfloat16, gpu) is torch.float8_e4m3fn
+        else:
+            with pytest.raises(ConfigError, match=rf"capability 8\.{capability[1]} and fp8 needs 8\.9; use 'int8'"):
+                resolve_kv_dtype("fp8", torch.bfloat16, gpu)

@@ -116,15 +116,17 @@ def test_the_largest_step_leaves_no_trace(gpu_shard):
     assert len(shard.run(builder.step({0: 9})).tokens) == 1
 
 
-@pytest.mark.parametrize(("family", "tp_size"), [("gemma2", 1), ("qwen3_moe", 2)])
-def test_a_rehearsal_needs_no_weights_and_no_peers(family, tp_size, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "tp_size", "stored"), [("gemma2", 1, "auto"), ("qwen3_moe", 2, "auto"), ("gemma2", 1, "int8")]
+)
+def test_a_rehearsal_needs_no_weights_and_no_peers(family, tp_size, stored, tmp_path, monkeypatch):
     folder = make_tiny_model(family, tmp_path)
     for file in tmp_path.glob("*.safetensors*"):
         file.unlink()
     layout = ShardLayout(tp_rank=tp_size - 1, tp_size=tp_size, pp_rank=0, pp_size=1)
     config = ShardConfig(
         folder=folder, layout=layout, dtype="float32", device="cpu", max_num_seqs=2, max_model_len=32,
-        max_num_batched_tokens=16,
+        max_num_batched_tokens=16, kv_cache_dtype=stored,
     )  # fmt: skip
     spec = load_spec(folder)
     windows = []

@@ -36,7 +36,19 @@ def test_shards_with_the_kernels_of_a_gpu_give_them_too(tp, pp, shard_processes,
     assert answers == [expected[:tokens] for expected in reference.answers[:3]]
 
 
-def answer(folder, prompts, max_tokens, tp, pp, num_blocks, shard_processes, kernels=""):
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_shards_with_a_cache_of_8_bits_answer_as_one_does(stored, tp, pp, shard_processes, tmp_path_factory):
+    """A head has its scales wherever it is."""
+    reference = family_reference("llama", tmp_path_factory.getbasetemp() / "families")
+    answers = [
+        answer(reference.folder, reference.prompts, 12, *size, 60, shard_processes, kv_cache_dtype=stored)[0]
+        for size in ((1, 1), (tp, pp))
+    ]
+    assert answers[0] == answers[1]
+
+
+def answer(folder, prompts, max_tokens, tp, pp, num_blocks, shard_processes, kernels="", kv_cache_dtype="auto"):
     """Greedy tokens of all prompts, and how often one was preempted."""
     scheduler = Scheduler(
         SchedulerConfig(
@@ -58,6 +70,7 @@ def answer(folder, prompts, max_tokens, tp, pp, num_blocks, shard_processes, ker
         max_num_seqs=8,
         max_model_len=LONGEST,
         max_num_batched_tokens=BUDGET,
+        kv_cache_dtype=kv_cache_dtype,
     )
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     requests = [

@@ -200,7 +200,7 @@ def test_warm_up_leaves_no_trace(folder):
     assert not table.tokens.any()
     assert (table.block_tables == NULL_BLOCK).all()
     assert not any(table.num_blocks)
-    keys, values = runner._kv_cache.layer(0)
+    keys, values, _ = runner._kv_cache.layer(0)
     assert not keys[:, 1:].any()
     assert not values[:, 1:].any()
 

@@ -55,12 +55,12 @@ def launches(monkeypatch):
     return seen
 
 
-def check(folder, max_num_seqs, max_tokens, launches):
+def check(folder, launches, max_num_seqs, max_tokens, **options):
     """Serve random requests: nothing is launched that the warm-up did not launch."""
     shard = Shard(
         ShardConfig(
-            folder=folder, dtype="float32", device="cpu", block_size=BLOCK_SIZE,
-            max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_tokens,
+            folder=folder, dtype="float32", device="cpu", block_size=BLOCK_SIZE, max_num_seqs=max_num_seqs,
+            max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_tokens, **options,
         )
     )  # fmt: skip
     shard.connect()
@@ -94,7 +94,12 @@ def check(folder, max_num_seqs, max_tokens, launches):
 @pytest.mark.parametrize(("max_num_seqs", "max_tokens"), [(6, 100), (40, 300)])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_moe"])
 def test_the_warm_up_launches_all_that_requests_need(family, max_num_seqs, max_tokens, tmp_path, launches):
-    check(make_tiny_model(family, tmp_path), max_num_seqs, max_tokens, launches)
+    check(make_tiny_model(family, tmp_path), launches, max_num_seqs, max_tokens)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_so_it_does_with_a_cache_of_8_bits(stored, tmp_path, launches):
+    check(make_tiny_model("gemma2", tmp_path), launches, 6, 100, kv_cache_dtype=stored)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_the_warm_up_launches_all_that_requests_need(family, max_num_seqs, max_t
 )
 def test_the_warm_up_launches_all_that_a_quantised_model_needs(family, form, tmp_path, launches):
     folder, _ = quantise(family, tmp_path, form, num_hidden_layers=2)
-    check(folder, 40, 300, launches)
+    check(folder, launches, 40, 300)
     kernels = {name for name, _, _ in launches}
     assert kernels & {"few_rows_quantised_kernel", "eight_bit_linear_kernel"}
     assert ("grouped_quantised_kernel" in kernels) == (family == "mixtral")

@@ -92,6 +92,12 @@ def test_block_bytes_count_this_shards_layers_and_heads(spec):
     assert kv_bytes_per_block(spec, ShardLayout(tp_size=12), 16, 4) == 7 * 16 * 2 * 1 * 8 * 4
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_8_bits_have_a_scale_for_every_head_of_a_token(spec, kv_cache_dtype):
+    for computed in (2, 4):
+        assert kv_bytes_per_block(spec, ShardLayout(), 16, computed, kv_cache_dtype) == 7 * 16 * 2 * 4 * (8 + 4)
+
+
 def test_weight_bytes_add_up_to_the_model(spec):
     whole = weight_bytes(spec, ShardLayout(), 2)
     padding = (132 - 131) * 96 * 2 * 2

@@ -194,3 +194,17 @@ def test_report_of_another_format_or_place(tmp_path: Path) -> None:
         read_report(tmp_path / "next.json")
     with pytest.raises(CheckpointError, match="name a --report"):
         write_report(tmp_path / "none" / "report.json", EvaluationReport())
+
+
+def test_8_bit_cache_is_a_variant_of_any_model(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO_MODELS[1], tmp_path / "small"))
+    with pytest.raises(
+        ConfigError, match="small is refused: kv_cache_dtype = int8, and it was never evaluated"
+    ) as refused:
+        resolve(folder, kv_cache_dtype="int8")
+    assert f"`troupe eval {folder} --against {folder} --kv-cache-dtype int8`" in str(refused.value)
+    store(folder / REPORT_FILE, evaluation(folder, Verdict.PASS, "int8"))
+    resolve(folder, kv_cache_dtype="int8")
+    resolve(folder)
+    with pytest.raises(ConfigError, match="kv_cache_dtype = fp8, and it was never evaluated"):
+        resolve(folder, kv_cache_dtype="fp8")

@@ -173,7 +173,7 @@ class KernelPoints:
         if not folder.exists():
             write_model(folder, LLAMA_3_8B, tiny=self._context.tiny, num_hidden_layers=layers)
         cache = KVCache(load_spec(folder), ShardLayout(), num_blocks, BLOCK_SIZE, DTYPE, self._device)
-        caches = [cache.layer(index) for index in range(layers)]
+        caches = [(layer.keys, layer.values) for layer in map(cache.layer, range(layers))]
         for keys, values in caches:
             keys.normal_()
             values.normal_()
