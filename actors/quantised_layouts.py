@@ -291,8 +291,11 @@ def _group_of(part: QuantisedSlice, tensors: dict[str, Tensor]) -> Tensor | None
     groups = stored.cpu().long()
     if int(groups.min()) < 0 and int(groups.max()) < 0:  # compressed-tensors: they follow one another
         return None
-    if int(groups.min()) < 0 or int(groups.max()) >= part.groups.stop:
+    outside = groups[(groups < 0) | (groups >= part.groups.stop)]
+    if len(outside):
+        name = "g_idx" if "g_idx" in tensors else "weight_g_idx"
         raise CheckpointError(
-            f"tensor {part.module}.g_idx names group {int(groups.max())}, but config.json implies {part.groups.stop}"
+            f"tensor {part.module}.{name} names group {int(outside[0])}, but config.json implies groups 0 to "
+            f"{part.groups.stop - 1}"
         )
     return groups

@@ -50,6 +50,23 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     return value
 
 
+def strings(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of strings; empty where the config has none."""
+    value = config.get(key) or ()
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise CheckpointError(f"config.json: {key} = {value!r}; a list of strings is needed")
+    return tuple(value)
+
+
+def two_integers(config: Mapping[str, Any], key: str) -> tuple[int, int]:
+    """Two positive integers."""
+    value = config.get(key)
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise CheckpointError(f"config.json: {key} = {value!r}; two positive integers are needed")
+    first, second = (integer({key: item}, key) for item in value)
+    return first, second
+
+
 def number(config: Mapping[str, Any], key: str, default: float | None = None, *, file: str = "config.json") -> float:
     """A number; `default` where the config, read from `file`, has none."""
     value = config.get(key)

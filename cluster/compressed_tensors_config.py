@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .checkpoint_config import integer, mapping
+from .checkpoint_config import integer, mapping, strings, two_integers
 from .errors import CheckpointError, UnsupportedModel
 from .quantisation import Layout, Rule, Scheme
 
@@ -34,13 +34,13 @@ def compressed_tensors_rules(fields: Mapping[str, Any]) -> Iterable[Rule]:
     groups = mapping(fields, "config_groups")
     if not groups:
         raise CheckpointError("quantization_config: config_groups is missing")
-    for name in fields.get("ignore") or ():
-        yield Rule(str(name), None)
+    for name in strings(fields, "ignore"):
+        yield Rule(name, None)
     targets: list[tuple[tuple[int, str], Rule]] = []
     for name in groups:
         group = mapping(groups, name)
         scheme = _scheme(str(group.get("format") or fields.get("format")), group, name)
-        for target in group.get("targets") or ():
+        for target in strings(group, "targets"):
             if target == "Embedding":
                 raise UnsupportedModel(
                     "quantization_config: quantised embeddings (target 'Embedding') are not supported"
@@ -96,10 +96,8 @@ def _sharing(weights: Mapping[str, Any]) -> tuple[int | None, int | None]:
     if strategy == "group":
         return integer(weights, "group_size"), 1
     if strategy == "block":
-        block = weights.get("block_structure")
-        if not isinstance(block, list) or len(block) != 2:
-            raise CheckpointError(f"quantization_config: block_structure = {block!r}; two integers are needed")
-        return int(block[1]), int(block[0])
+        rows, columns = two_integers(weights, "block_structure")
+        return columns, rows
     return None, 1 if strategy == "channel" else None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from .checkpoint_config import integer, mapping, read_json
+from .checkpoint_config import integer, mapping, read_json, strings, two_integers
 from .compressed_tensors_config import compressed_tensors_rules
 from .errors import CheckpointError, UnsupportedModel
 from .quantisation import Layout, Quantisation, Rule, Scheme
@@ -103,6 +103,8 @@ def _gptq(fields: Mapping[str, Any]) -> Iterable[Rule]:
     if not fields.get("lm_head"):
         yield _HEAD
     if fields.get("modules_in_block_to_quantize"):
+        if isinstance(fields["modules_in_block_to_quantize"], str):
+            strings(fields, "modules_in_block_to_quantize")
         for group in fields["modules_in_block_to_quantize"]:
             for name in [group] if isinstance(group, str) else group:
                 yield Rule(rf"re:.*\.{re.escape(name)}\Z", scheme)
@@ -122,7 +124,7 @@ def _awq(fields: Mapping[str, Any]) -> Iterable[Rule]:
         group_size=_group_size(fields, "group_size" if fields.get("group_size") is not None else "q_group_size"),
         symmetric=not fields.get("zero_point", True),
     )
-    for name in fields.get("modules_to_not_convert") or ():
+    for name in strings(fields, "modules_to_not_convert"):
         yield Rule(f"re:.*{re.escape(name)}", None)
     yield _HEAD
     yield Rule("re:", scheme)
@@ -138,11 +140,9 @@ def _fp8(fields: Mapping[str, Any]) -> Iterable[Rule]:
         raise UnsupportedModel(
             f"quantization_config: expert_dtype {fields['expert_dtype']!r} is not supported; known: fp8"
         )
-    block = fields.get("weight_block_size")
-    if block is not None and (not isinstance(block, list | tuple) or len(block) != 2):
-        raise CheckpointError(f"quantization_config: weight_block_size = {block!r}; two integers are needed")
-    rows, columns = (None, None) if block is None else (int(block[0]), int(block[1]))
-    for name in fields.get("modules_to_not_convert") or fields.get("ignored_layers") or ():
+    whole = fields.get("weight_block_size") is None
+    rows, columns = (None, None) if whole else two_integers(fields, "weight_block_size")
+    for name in strings(fields, "modules_to_not_convert") or strings(fields, "ignored_layers"):
         yield Rule(rf"re:(?:{name})(?:(?<=\.)|(?=\.|$))", None)
         yield Rule(rf"re:.*{re.escape(name)}\Z", None)
     yield _HEAD

@@ -142,6 +142,8 @@ class Matrix(NamedTuple):
     """In the checkpoint; None: a router, which is never used quantised."""
     out: int
     inputs: int
+    stack: str
+    """The weight that it is a part of: what reads the same input is one."""
 
     def scheme(self, spec: ModelSpec) -> Scheme | None:
         """How it is quantised; None: not at all."""
@@ -155,34 +157,35 @@ def layer_matrices(spec: ModelSpec, layout: ShardLayout, index: int) -> Iterator
     naming, hidden, layer = spec.naming, spec.hidden_size, f"{spec.naming.prefixes[0]}layers.{index}."
     heads, kv_heads = (count * spec.head_dim for count in (layout.num_heads(spec), layout.num_kv_heads(spec)))
     if naming.fused_qkv:
-        yield Matrix(f"{layer}self_attn.qkv_proj", heads + 2 * kv_heads, hidden)
+        yield Matrix(f"{layer}self_attn.qkv_proj", heads + 2 * kv_heads, hidden, f"{layer}qkv")
     else:
-        yield Matrix(f"{layer}self_attn.q_proj", heads, hidden)
-        yield Matrix(f"{layer}self_attn.k_proj", kv_heads, hidden)
-        yield Matrix(f"{layer}self_attn.v_proj", kv_heads, hidden)
-    yield Matrix(f"{layer}self_attn.o_proj", hidden, heads)
+        yield Matrix(f"{layer}self_attn.q_proj", heads, hidden, f"{layer}qkv")
+        yield Matrix(f"{layer}self_attn.k_proj", kv_heads, hidden, f"{layer}qkv")
+        yield Matrix(f"{layer}self_attn.v_proj", kv_heads, hidden, f"{layer}qkv")
+    yield Matrix(f"{layer}self_attn.o_proj", hidden, heads, f"{layer}output")
     if not spec.layers[index].sparse or spec.moe is None:
         width = layout.share(spec.intermediate_size)
         if naming.fused_qkv:
-            yield Matrix(f"{layer}mlp.gate_up_proj", 2 * width, hidden)
-            yield Matrix(f"{layer}mlp.down_proj", hidden, width)
+            yield Matrix(f"{layer}mlp.gate_up_proj", 2 * width, hidden, f"{layer}gate_up")
+            yield Matrix(f"{layer}mlp.down_proj", hidden, width, f"{layer}down")
         else:
-            yield from _gated_mlp(f"{layer}mlp.", ("gate_proj", "up_proj", "down_proj"), width, hidden)
+            yield from _gated_mlp(f"{layer}mlp.", ("gate_proj", "up_proj", "down_proj"), width, hidden, layer)
         return
     moe, block = spec.moe, f"{layer}{naming.moe}."
-    yield Matrix(None, moe.num_experts, hidden)
+    yield Matrix(None, moe.num_experts, hidden, f"{block}router")
     for expert in range(moe.num_experts):
-        yield from _gated_mlp(f"{block}experts.{expert}.", naming.experts, layout.share(moe.intermediate_size), hidden)
+        width = layout.share(moe.intermediate_size)
+        yield from _gated_mlp(f"{block}experts.{expert}.", naming.experts, width, hidden, f"{block}experts.")
     if moe.shared_intermediate_size:
         names, width = ("gate_proj", "up_proj", "down_proj"), layout.share(moe.shared_intermediate_size)
-        yield from _gated_mlp(f"{block}shared_expert.", names, width, hidden)
+        yield from _gated_mlp(f"{block}shared_expert.", names, width, hidden, f"{block}shared_expert.")
 
 
-def _gated_mlp(prefix: str, names: tuple[str, str, str], width: int, hidden: int) -> Iterator[Matrix]:
+def _gated_mlp(prefix: str, names: tuple[str, str, str], width: int, hidden: int, stacks: str) -> Iterator[Matrix]:
     gate, up, down = names
-    yield Matrix(f"{prefix}{gate}", width, hidden)
-    yield Matrix(f"{prefix}{up}", width, hidden)
-    yield Matrix(f"{prefix}{down}", hidden, width)
+    yield Matrix(f"{prefix}{gate}", width, hidden, f"{stacks}gate_up")
+    yield Matrix(f"{prefix}{up}", width, hidden, f"{stacks}gate_up")
+    yield Matrix(f"{prefix}{down}", hidden, width, f"{stacks}down")
 
 
 def matrices(spec: ModelSpec, layout: ShardLayout) -> Iterator[Matrix]:
@@ -191,16 +194,22 @@ def matrices(spec: ModelSpec, layout: ShardLayout) -> Iterator[Matrix]:
         yield from layer_matrices(spec, layout, index)
     if layout.last_stage and not spec.tie_word_embeddings:
         head = spec.naming.heads[0].removesuffix(".weight")
-        yield Matrix(head, layout.padded_vocab_share(spec), spec.hidden_size)
+        yield Matrix(head, layout.padded_vocab_share(spec), spec.hidden_size, head)
 
 
-def weight_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int) -> int:
+def weight_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int, *, expands_floats: bool = False) -> int:
     """Bytes of the weights that this shard holds in its device's memory (norms and biases are left out: < 0.1 %).
 
     Args:
         dtype_bytes: of a weight that is not quantised.
+        expands_floats: weights of float8 are kept as if they were not quantised, as on a CPU.
     """
-    linear = sum(_matrix_bytes(spec, matrix, dtype_bytes) for matrix in matrices(spec, layout))
+    linear = sum(
+        matrix.out * matrix.inputs * dtype_bytes
+        if scheme is None or (scheme.is_float and expands_floats)
+        else scheme.nbytes(matrix.out, matrix.inputs)
+        for matrix, scheme in _held(spec, layout)
+    )
     tables = int(layout.first_stage)
     if layout.last_stage and spec.tie_word_embeddings and not layout.first_stage:
         tables += 1
@@ -209,13 +218,16 @@ def weight_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int) -> int:
 
 def quantised_layer_bytes(spec: ModelSpec, layout: ShardLayout, dtype_bytes: int = 2) -> tuple[int, int]:
     """What quantisation saves on this shard: bytes of the quantised layers, and of the same unquantised."""
-    quantised = [matrix for matrix in matrices(spec, layout) if matrix.scheme(spec) is not None]
-    now = sum(_matrix_bytes(spec, matrix, dtype_bytes) for matrix in quantised)
-    return now, sum(matrix.out * matrix.inputs for matrix in quantised) * dtype_bytes
+    quantised = [(matrix, scheme) for matrix, scheme in _held(spec, layout) if scheme is not None]
+    now = sum(scheme.nbytes(matrix.out, matrix.inputs) for matrix, scheme in quantised)
+    return now, sum(matrix.out * matrix.inputs for matrix, _ in quantised) * dtype_bytes
 
 
-def _matrix_bytes(spec: ModelSpec, matrix: Matrix, dtype_bytes: int) -> int:
-    scheme = matrix.scheme(spec)
-    if scheme is None:
-        return matrix.out * matrix.inputs * dtype_bytes
-    return scheme.nbytes(matrix.out, matrix.inputs)
+def _held(spec: ModelSpec, layout: ShardLayout) -> Iterator[tuple[Matrix, Scheme | None]]:
+    """Every matrix and how it is kept: unquantised where another part of its stack is quantised in another way, since a
+    stack is one weight (`kernels/quantised_weight.py`, `stack_weights`)."""
+    schemes: dict[str, set[Scheme | None]] = {}
+    for matrix in matrices(spec, layout):
+        schemes.setdefault(matrix.stack, set()).add(matrix.scheme(spec))
+    for matrix in matrices(spec, layout):
+        yield matrix, matrix.scheme(spec) if len(schemes[matrix.stack]) == 1 else None

@@ -49,8 +49,8 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
         check_topology(spec, model.tensor_parallel_size, model.pipeline_parallel_size)
     devices = [resolve_device(model, capacity) for model in models]
     check_capacity(models, devices, capacity)
-    for model, folder, spec in zip(models, folders, specs, strict=True):
-        check_evaluated(model, spec, folder)  # last, as it may have to read all weights
+    for model, folder, spec, device in zip(models, folders, specs, devices, strict=True):
+        check_evaluated(model, spec, folder, device)  # last, as it may have to read all weights
 
     served = []
     for model, folder, spec, device in zip(models, folders, specs, devices, strict=True):
@@ -112,8 +112,9 @@ def _check_kv_memory(settings: ReplicaSettings, spec: ModelSpec, dtype_bytes: in
     A GPU's memory is known to its shards only; there the configured size, if any, is compared with one request.
     """
     layouts = all_layouts(settings.tensor_parallel_size, settings.pipeline_parallel_size)
-    heaviest = max(weight_bytes(spec, layout, dtype_bytes) for layout in layouts)
-    if settings.device == "cpu":
+    on_cpu = settings.device == "cpu"
+    heaviest = max(weight_bytes(spec, layout, dtype_bytes, expands_floats=on_cpu) for layout in layouts)
+    if on_cpu:
         memory = psutil.virtual_memory()
         free = max(0, memory.available - heaviest * settings.shards_per_node)
         device, sharing = DeviceMemory("cpu", memory.total, free, heaviest), settings.shards_per_node

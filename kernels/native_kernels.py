@@ -32,7 +32,7 @@ from .native_library import (
 )
 from .native_linear import LibraryLinear, NativeGatedLinear, NativeLinear, is_bfloat16, row_stride
 from .native_quantised import NativeQuantisedGatedLinear, NativeQuantisedLinear
-from .packed_weight import PackedWeight, pack
+from .packed_weight import PART_BYTES, PackedWeight, pack
 from .program import NativePlan, NativeProgram, spread_stride
 from .quantised_stream import QuantisedStream, can_stream, make_stream
 from .quantised_weight import QuantisedWeight, Weight
@@ -345,7 +345,11 @@ class NativeKernels:
 
     def _expanded(self, weight: QuantisedWeight) -> Tensor:
         """A weight that the compiled product does not read in few bits, as it would be without quantisation."""
-        expanded = weight.dequantise(self._dtype)
+        expanded = torch.empty(weight.shape, dtype=self._dtype)
+        at_once = max(1, PART_BYTES // (4 * weight.shape[1]))  # so that what lies beside it is small
+        for first in range(0, len(weight), at_once):
+            rows = slice(first, first + at_once)
+            expanded[rows] = weight.rows(rows).dequantise(self._dtype)
         self.saved_bytes += weight.nbytes - expanded.nbytes
         return expanded
 

@@ -94,16 +94,22 @@ def make_stream(weight: QuantisedWeight, arena: Arena | None = None, *, gated: b
         weight.bits,
         SCALE_KINDS[scales.dtype],
         zeros is not None,
-        weight.activations is not None and weight.scales.shape[1] == 1,
+        _has_row_scale(weight),
         None if weight.order is None else _padded_order(weight.order, padded_inputs),
     )
+
+
+def _has_row_scale(weight: QuantisedWeight) -> bool:
+    """Whether the checkpoint wants what the kernel can do: int8 with one scale for a row of x. Where it wants floats of
+    8 bits, finer scales are nearer to them."""
+    return weight.activations == torch.int8 and weight.scales.shape[1] == 1
 
 
 def _groups(weight: QuantisedWeight) -> tuple[int, int, int]:
     """(groups, inputs of each, into how many each group of the weight was divided)."""
     inputs, size = weight.shape[1], weight.group_size
     if weight.scales.shape[1] == 1:
-        parts = -(-inputs // (FINE_GROUP if weight.activations is None else WHOLE_ROW_GROUP))
+        parts = -(-inputs // (WHOLE_ROW_GROUP if _has_row_scale(weight) else FINE_GROUP))
         return parts, -(-inputs // (parts * UNIT)) * UNIT, parts
     divided = 1
     if weight.activations is None:  # else the checkpoint says which inputs share a scale

@@ -74,6 +74,11 @@ class QuantisedWeight:
         parts = (self.values, self.scales, self.zeros, self.order)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def rows(self, rows: slice) -> QuantisedWeight:
+        """Some of its outputs."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return dataclasses.replace(self, values=self.values[rows], scales=self.scales[rows], zeros=zeros)
+
     def integers(self) -> Tensor:
         """[out, in] uint8, one value to a byte."""
         assert not self.is_float

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from raytroupe.kernels.native_kernels import NativeKernels
+from raytroupe.kernels.program import CACHE_LINE
 
 MARGIN = 3
 SENTINEL = -12345.0
+WATCHED = 0xA5
+"""Beside a workspace, which consists of bytes."""
 
 
 class Guarded:
@@ -42,6 +45,7 @@ class GuardedKernels(NativeKernels):
     def __init__(self) -> None:
         super().__init__()
         self._guarded: list[Guarded] = []
+        self._workspaces: list[Tensor] = []
 
     def temporary(self, like: Tensor, width: int, dtype: torch.dtype, *, spread: bool = False) -> Tensor:
         """See `NativeKernels`."""
@@ -53,9 +57,20 @@ class GuardedKernels(NativeKernels):
         """See `NativeKernels`."""
         return self.temporary(like, width, torch.float32)
 
+    def workspace(self, like: Tensor, row_bytes: int) -> Tensor:
+        """See `NativeKernels`; a cache line before and one behind are watched."""
+        memory = super().workspace(like, row_bytes)
+        whole = torch.full((len(memory) + 2 * CACHE_LINE,), WATCHED, dtype=torch.uint8)
+        self._workspaces.append(whole)
+        return whole[CACHE_LINE:-CACHE_LINE]
+
     def check(self) -> None:
         """The margins are as they were."""
         assert self._guarded, "nothing was computed"
         for guarded in self._guarded:
             guarded.assert_margins()
+        for whole in self._workspaces:
+            assert (whole[:CACHE_LINE] == WATCHED).all(), "something was written before the workspace"
+            assert (whole[-CACHE_LINE:] == WATCHED).all(), "something was written behind the workspace"
         self._guarded.clear()
+        self._workspaces.clear()

@@ -61,9 +61,11 @@ class ThreadCollectives:
         pass
 
 
-def assert_equals_one_shard(folder: Path, tp: int, pp: int, way: str = "recorded") -> None:
-    """The logits of all steps are those of one shard, in plain torch."""
-    expected = run_shard(folder, ShardLayout(), SingleShard(), SEQUENCES, STEPS, "torch")
+def assert_equals_one_shard(
+    folder: Path, tp: int, pp: int, way: str = "recorded", *, reference: str = "torch", tolerance: float = 1e-4
+) -> None:
+    """The logits of all steps are those of one shard that runs in the way `reference`, within `tolerance`."""
+    expected = run_shard(folder, ShardLayout(), SingleShard(), SEQUENCES, STEPS, reference)
     layouts = all_layouts(tp, pp)
     replica = Replica(layouts)
     with ThreadPoolExecutor(len(layouts)) as pool:
@@ -73,4 +75,4 @@ def assert_equals_one_shard(folder: Path, tp: int, pp: int, way: str = "recorded
     for layout, logits in zip(layouts, results, strict=True):
         assert len(logits) == (len(STEPS) if layout.last_stage else 0)
         for mine, whole in zip(logits, expected, strict=layout.last_stage):
-            torch.testing.assert_close(mine, whole, rtol=0, atol=1e-4)
+            torch.testing.assert_close(mine, whole, rtol=0, atol=tolerance)

@@ -10,6 +10,8 @@ typedef uint32_t wide_bits __attribute__((vector_size(64)));
 typedef int32_t signed_bits __attribute__((vector_size(64)));
 typedef uint16_t narrow_bits __attribute__((vector_size(32)));
 typedef int8_t narrow_integers __attribute__((vector_size(16)));
+typedef int32_t half_integers __attribute__((vector_size(32)));
+typedef int32_t quarter_integers __attribute__((vector_size(16)));
 typedef uint8_t narrow_unsigned __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
@@ -21,6 +23,9 @@ INLINE float widen(uint16_t bits)
     memcpy(&value, &wide, 4);
     return value;
 }
+
+// The upper half of every byte.
+INLINE signed_bits upper_half(signed_bits bytes) { return (signed_bits)((wide_bits)bytes >> 4) & 0x0f0f0f0f; }
 
 INLINE lanes broadcast(float value) { return lanes{} + value; }
 

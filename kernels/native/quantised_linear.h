@@ -10,14 +10,15 @@
 //     a step         4 bits: [4 blocks][16 columns][4 bytes]: inputs 0 … 3 in the low halves, 4 … 7 in the high ones
 //                    8 bits: [4 blocks][16 columns][4 bytes]: inputs 0 … 3
 //
-// A piece is read from memory once. Its groups make chunks; for each the rows pass in tiles, whose integer sums stay in
-// registers over a group. With few tiles a chunk is short, so that it is still in the first-level cache when the last tile
-// reads it, and every tile fetches a part of what comes next.
+// A piece is read from memory once, in chunks that fit into the second-level cache beside the chunk that is fetched
+// meanwhile; for each the rows pass in tiles, whose integer sums stay in registers over a group. A single tile reads the
+// stream as fast as memory gives it: the processor foresees it. Of several, the first two ask for the next chunk. With
+// many, the halves of bytes are taken apart once for all (docs/decisions.md has what was measured).
 
-constexpr int MIDDLE_TILES = 12;  // up to so many take chunks of one group; with more, arithmetic is the limit
 constexpr int STEP_BYTES = 256;
-constexpr int CHUNK_BYTES = 8192;
-constexpr int FETCHED_AHEAD = 4096; // bytes beyond a chunk
+constexpr int CHUNK_BYTES = 128 * 1024; // with a byte per weight
+constexpr int MANY_TILES = 4;           // from so many on, 4 bits are unpacked before
+constexpr int FETCHING_TILES = 2, FETCHED_LINES = 2; // of each step's four
 constexpr int ROWS_QUANTISED_TWICE = 2; // up to so many every thread quantises for itself, which is faster than to meet
 
 enum ScaleKind : int32_t { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16 };
@@ -39,100 +40,94 @@ INLINE lanes load_scales(const char *from, int kind)
     return (lanes)((wide_bits)magnitude | (wide & 0x8000) << 16);
 }
 
-// A group's place and size.
+// Sizes of a group and a piece.
 struct QuantisedShape {
-    int groups, steps, inputs_per_step;
+    int groups, steps; // of a piece, of a group
     int64_t group_bytes, piece_bytes;
 
-    explicit QuantisedShape(const QuantisedLinear &op)
-        : groups(op.in_features / op.group_size), inputs_per_step(op.bits == 4 ? 8 : 4)
+    explicit QuantisedShape(const QuantisedLinear &op) : groups(op.in_features / op.group_size)
     {
-        steps = op.group_size / inputs_per_step;
+        steps = op.group_size / (op.bits == 4 ? 8 : 4);
         group_bytes = (int64_t)steps * STEP_BYTES + GROUP * scale_bytes(op.scale_kind) + (op.zeros ? GROUP : 0);
         piece_bytes = groups * group_bytes;
     }
 };
 
-// ROWS rows × one group of a piece: its part of the rows' sums. Every step fetches LINES lines from `ahead` on.
-template <int ROWS, int BITS, int LINES>
-INLINE void multiply_group(const QuantisedLinear &op, const QuantisedShape &shape, const char *rows, int64_t stride, int group,
-                           const char *weight, const char *ahead, lanes *sums)
-{
-    const char *end = weight + (int64_t)shape.steps * STEP_BYTES, *zeros = end + GROUP * scale_bytes(op.scale_kind);
-    const float *scales[ROWS];
-    signed_bits products[ROWS][BLOCKS];
-    for (int row = 0; row < ROWS; row++) {
-        scales[row] = row_scales(rows + row * stride, op.in_features) + group;
-        const int32_t sum = ((const int32_t *)scales[row])[shape.groups];
-        if (op.zeros)
-            for (int block = 0; block < BLOCKS; block++) {
-                narrow_unsigned zero;
-                memcpy(&zero, zeros + block * LANES, sizeof zero);
-                products[row][block] = __builtin_convertvector(zero, signed_bits) * -sum;
-            }
-        else
-            for (int block = 0; block < BLOCKS; block++)
-                products[row][block] = signed_bits{} - sum * (1 << (BITS - 1));
-    }
-    const char *x = rows + group * op.group_size;
-    const auto run_step = [&]() __attribute__((always_inline)) {
-        for (int line = 0; line < LINES; line++)
-            __builtin_prefetch(ahead + line * 64, 0, 2);
-        ahead += LINES * 64;
-        signed_bits weights[BLOCKS];
-        for (int block = 0; block < BLOCKS; block++)
-            weights[block] = load_bits(weight + block * sizeof(lanes));
-        if (BITS == 4) {
-            for (int block = 0; block < BLOCKS; block++)
-                weights[block] &= 0x0f0f0f0f;
-            for (int row = 0; row < ROWS; row++)
-                dot_quads(products[row], weights, x + row * stride);
-            asm volatile("" ::: "memory"); // or both halves would be unpacked first, and sums leave the registers for it
-            for (int block = 0; block < BLOCKS; block++)
-                weights[block] = (signed_bits)((wide_bits)load_bits(weight + block * sizeof(lanes)) >> 4) & 0x0f0f0f0f;
-        }
-        for (int row = 0; row < ROWS; row++)
-            dot_quads(products[row], weights, x + row * stride + (BITS == 4 ? 4 : 0));
-        weight += STEP_BYTES;
-        x += BITS == 4 ? 8 : 4;
-    };
-    // Short loops, as the end of a long one is not foreseen by the processor.
-    for (int four = shape.steps / 4; four > 0; four--) {
-        run_step();
-        run_step();
-        run_step();
-        run_step();
-    }
-    while (weight != end)
-        run_step();
-    lanes scale[BLOCKS];
-    for (int block = 0; block < BLOCKS; block++)
-        scale[block] = load_scales(end + block * LANES * scale_bytes(op.scale_kind), op.scale_kind);
-    for (int row = 0; row < ROWS; row++) {
-        const lanes of_row = lanes{} + *scales[row];
-        for (int block = 0; block < BLOCKS; block++, sums++) {
-            const lanes product = __builtin_convertvector(products[row][block], lanes);
-            *sums = multiply_add(product, scale[block] * of_row, group ? *sums : lanes{});
-        }
-    }
-}
-
-// A part of a piece's groups.
+// Some groups of a piece, as tiles read them.
 struct QuantisedChunk {
-    const char *weight;
-    int first, end; // groups
+    int first, end;      // groups
+    const char *weights; // the first step
+    int64_t group_bytes; // from a group's steps to the next one's
+    int steps;           // of a group
+    const char *scales;  // of the first group, followed by its zeros
+    int64_t scale_bytes; // from a group's scales to the next one's
 };
 
-// ROWS rows, which are in 8 bits, over one chunk.
+// ROWS rows, which are in 8 bits, × one chunk, added to their sums. Every step fetches LINES lines from `ahead` on.
 template <int ROWS, int BITS, int LINES>
-static void run_quantised_tile(const QuantisedLinear &op, const QuantisedShape &shape, const char *rows, int64_t stride,
+static void run_quantised_tile(const QuantisedLinear &op, int groups, const char *rows, int64_t stride,
                                const QuantisedChunk &chunk, const char *ahead, lanes *sums)
 {
-    const char *weight = chunk.weight;
+    const char *x = rows + chunk.first * op.group_size, *weight = chunk.weights, *scales = chunk.scales;
+    const float *row_scale = row_scales(rows, op.in_features) + chunk.first;
+    const int64_t scale_stride = stride / sizeof(float);
     for (int group = chunk.first; group < chunk.end; group++) {
-        multiply_group<ROWS, BITS, LINES>(op, shape, rows, stride, group, weight, ahead, sums);
-        weight += shape.group_bytes;
-        ahead += (int64_t)shape.steps * LINES * 64;
+        signed_bits products[ROWS][BLOCKS];
+        for (int row = 0; row < ROWS; row++) {
+            const signed_bits offset = signed_bits{} + ((const int32_t *)row_scale)[row * scale_stride + groups];
+            for (int block = 0; block < BLOCKS; block++)
+                products[row][block] = offset;
+            if (op.zeros)
+                for (int block = 0; block < BLOCKS; block++) {
+                    narrow_unsigned zero;
+                    memcpy(&zero, scales + GROUP * scale_bytes(op.scale_kind) + block * LANES, sizeof zero);
+                    products[row][block] *= __builtin_convertvector(zero, signed_bits);
+                }
+        }
+        const auto run_step = [&]() __attribute__((always_inline)) {
+            for (int line = 0; line < LINES; line++)
+                __builtin_prefetch(ahead + line * 64, 0, 2);
+            ahead += LINES * 64;
+            signed_bits weights[BLOCKS];
+            for (int block = 0; block < BLOCKS; block++)
+                weights[block] = load_bits(weight + block * sizeof(lanes));
+            if (BITS == 4) {
+                for (int block = 0; block < BLOCKS; block++)
+                    weights[block] &= 0x0f0f0f0f;
+                for (int row = 0; row < ROWS; row++)
+                    dot_quads(products[row], weights, x + row * stride);
+                asm volatile("" ::: "memory"); // or both halves would be unpacked first, and sums leave the registers for it
+                for (int block = 0; block < BLOCKS; block++)
+                    weights[block] = upper_half(load_bits(weight + block * sizeof(lanes)));
+            }
+            for (int row = 0; row < ROWS; row++)
+                dot_quads(products[row], weights, x + row * stride + (BITS == 4 ? 4 : 0));
+            weight += STEP_BYTES;
+            x += BITS == 4 ? 8 : 4;
+        };
+        // A short loop, as the end of a long one is not foreseen by the processor.
+        for (int four = chunk.steps / 4; four > 0; four--) {
+            run_step();
+            run_step();
+            run_step();
+            run_step();
+        }
+        for (int step = chunk.steps % 4; step > 0; step--)
+            run_step();
+        weight += chunk.group_bytes - (int64_t)chunk.steps * STEP_BYTES;
+        lanes scale[BLOCKS];
+        for (int block = 0; block < BLOCKS; block++)
+            scale[block] = load_scales(scales + block * LANES * scale_bytes(op.scale_kind), op.scale_kind);
+        for (int row = 0; row < ROWS; row++) {
+            const lanes of_row = lanes{} + row_scale[row * scale_stride];
+            for (int block = 0; block < BLOCKS; block++) {
+                lanes *sum = sums + row * BLOCKS + block;
+                const lanes product = __builtin_convertvector(products[row][block], lanes);
+                *sum = multiply_add(product, scale[block] * of_row, group ? *sum : lanes{});
+            }
+        }
+        scales += chunk.scale_bytes;
+        row_scale++;
     }
 }
 
@@ -151,41 +146,67 @@ INLINE void run_quantised_tile(int rows, const Arguments &...arguments)
     }
 }
 
-template <int BITS, typename... Arguments>
-INLINE void run_quantised_tile(int lines, int rows, const Arguments &...arguments)
+template <typename... Arguments> INLINE void run_quantised_tile(int bits, bool fetching, const Arguments &...arguments)
 {
-    switch (lines) {
-    case 0: return run_quantised_tile<BITS, 0>(rows, arguments...);
-    case 2: return run_quantised_tile<BITS, 2>(rows, arguments...);
-    default: return run_quantised_tile<BITS, 4>(rows, arguments...);
-    }
+    if (bits == 4)
+        fetching ? run_quantised_tile<4, FETCHED_LINES>(arguments...) : run_quantised_tile<4, 0>(arguments...);
+    else
+        fetching ? run_quantised_tile<8, FETCHED_LINES>(arguments...) : run_quantised_tile<8, 0>(arguments...);
+}
+
+// The steps of a chunk of 4 bits with a byte per weight.
+INLINE QuantisedChunk unpack(const QuantisedChunk &chunk, char *unpacked)
+{
+    QuantisedChunk wide = chunk;
+    wide.weights = unpacked;
+    wide.steps = 2 * chunk.steps;
+    wide.group_bytes = (int64_t)wide.steps * STEP_BYTES;
+    const char *weight = chunk.weights;
+    for (int group = chunk.first; group < chunk.end; group++, weight += chunk.group_bytes)
+        for (int at = 0; at < chunk.steps * STEP_BYTES; at += STEP_BYTES, unpacked += 2 * STEP_BYTES)
+            for (int block = 0; block < BLOCKS; block++) {
+                const int place = block * sizeof(lanes);
+                const signed_bits halves = load_bits(weight + at + place);
+                const signed_bits low = halves & 0x0f0f0f0f, high = upper_half(halves);
+                memcpy(unpacked + place, &low, sizeof low);
+                memcpy(unpacked + STEP_BYTES + place, &high, sizeof high);
+            }
+    return wide;
+}
+
+// Groups of a chunk: as even as possible.
+INLINE int groups_of_chunk(const QuantisedLinear &op, const QuantisedShape &shape)
+{
+    const int most = CHUNK_BYTES / (op.group_size * GROUP), fitting = most ? most : 1;
+    const int chunks = (shape.groups + fitting - 1) / fitting;
+    return (shape.groups + chunks - 1) / chunks;
 }
 
 // All rows from `begin` on × one piece. `next` is the piece that this thread reads afterwards, or null.
-template <typename element, int BITS>
+template <typename element>
 INLINE void run_piece(const QuantisedLinear &op, const QuantisedShape &shape, const char *quantised, int64_t stride, int piece,
-                      int64_t begin, int rows, const char *next, lanes *sums)
+                      int64_t begin, int rows, const char *next, char *unpacked, lanes *sums)
 {
-    const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    const int fitting = (int)(CHUNK_BYTES / shape.group_bytes);
-    const int groups = tiles == 1 || tiles > MIDDLE_TILES ? shape.groups : fitting > 1 ? fitting : 1;
-    const char *weight = (const char *)op.weight + piece * shape.piece_bytes, *end = weight + shape.piece_bytes;
+    const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, groups = groups_of_chunk(op, shape);
+    const bool unpacks = op.bits == 4 && tiles >= MANY_TILES;
+    const char *weight = (const char *)op.weight + piece * shape.piece_bytes;
     for (int first = 0; first < shape.groups; first += groups, weight += groups * shape.group_bytes) {
-        const int last = first + groups < shape.groups ? first + groups : shape.groups;
-        const QuantisedChunk chunk = {weight, first, last};
-        // The first two tiles share the fetching, each half of a step's four lines.
-        const int fetching = tiles >= 2 ? 2 : 1, lines = 4 / fetching;
-        const char *ahead = weight + FETCHED_AHEAD + (tiles == 1 ? 0 : (last - first) * shape.group_bytes);
-        if (ahead >= end)
-            ahead = next ? next + (ahead - end) : end;
+        const int end = first + groups < shape.groups ? first + groups : shape.groups;
+        QuantisedChunk chunk = {first, end, weight, shape.group_bytes, shape.steps, weight + shape.steps * (int64_t)STEP_BYTES,
+                                shape.group_bytes};
+        if (unpacks)
+            chunk = unpack(chunk, unpacked);
+        // Every tile that fetches has as many lines as its steps ask for.
+        const int64_t fetched = (int64_t)(end - first) * chunk.steps * FETCHED_LINES * 64;
+        const char *ahead = end < shape.groups ? weight + groups * shape.group_bytes : next;
         for (int tile = 0; tile < tiles; tile++) {
             const int from = (int)((int64_t)rows * tile / tiles), count = (int)((int64_t)rows * (tile + 1) / tiles) - from;
-            run_quantised_tile<BITS>(tile < fetching && tiles <= MIDDLE_TILES ? lines : 0, count, op, shape,
-                                     quantised + from * stride, stride, chunk, ahead, sums + (int64_t)from * BLOCKS);
-            if (last == shape.groups)
+            const bool fetching = tiles > 1 && tile < (unpacks ? 1 : FETCHING_TILES) && ahead;
+            run_quantised_tile(unpacks ? 8 : op.bits, fetching, count, op, shape.groups, quantised + from * stride, stride,
+                               chunk, ahead ? ahead + tile * fetched : weight, sums + (int64_t)from * BLOCKS);
+            if (end == shape.groups)
                 for (int row = from; row < from + count; row++)
                     finish_row<element>(op, begin + row, piece, sums + (int64_t)row * BLOCKS);
-            ahead += (int64_t)(last - first) * shape.steps * lines * 64;
         }
     }
 }
@@ -199,23 +220,23 @@ template <typename element> INLINE void run_quantised(const QuantisedLinear &op,
     const int rows = row_blocks ? (step.rows + row_blocks - 1) / row_blocks : 0;
     const int64_t stride = quantised_stride(op.in_features, shape.groups);
     const bool alone = step.rows <= ROWS_QUANTISED_TWICE;
-    const size_t partial_bytes = (size_t)rows * BLOCKS * sizeof(lanes), own_bytes = alone ? step.rows * stride : 0;
-    char *memory = worker.scratch<char>(partial_bytes + own_bytes + op.in_features * sizeof(float));
-    char *quantised = alone ? memory + partial_bytes : (char *)op.quantised;
-    float *wide = (float *)(memory + partial_bytes + own_bytes);
+    // The thread's own memory: sums, an unpacked chunk, rows in 8 bits if it is alone, and a row of floats.
+    const size_t sum_bytes = (size_t)rows * BLOCKS * sizeof(lanes);
+    const size_t chunk_bytes = (size_t)groups_of_chunk(op, shape) * op.group_size * GROUP;
+    const size_t own_bytes = alone ? step.rows * stride : 0;
+    char *memory = worker.scratch<char>(sum_bytes + chunk_bytes + own_bytes + op.in_features * sizeof(float));
+    char *unpacked = memory + sum_bytes, *own = unpacked + chunk_bytes;
+    char *quantised = alone ? own : (char *)op.quantised;
+    float *wide = (float *)(own + own_bytes);
 
     int claimed = alone ? 0 : worker.claim();
     const int jobs = alone ? 0 : step.rows;
     if (alone && memory)
-        for (int row = 0; row < step.rows; row++) {
-            widen_row<element>(op, row, wide);
-            quantise_row(op, wide, quantised + row * stride);
-        }
+        for (int row = 0; row < step.rows; row++)
+            quantise<element>(op, row, wide, quantised + row * stride);
     for (; claimed < jobs; claimed = worker.claim())
-        if (memory) {
-            widen_row<element>(op, claimed, wide);
-            quantise_row(op, wide, quantised + claimed * stride);
-        }
+        if (memory)
+            quantise<element>(op, claimed, wide, quantised + claimed * stride);
     if (alone)
         claimed = worker.claim();
     else
@@ -228,10 +249,7 @@ template <typename element> INLINE void run_quantised(const QuantisedLinear &op,
         const int piece = item % pieces, begin = item / pieces * rows, left = step.rows - begin;
         const int count = left < rows ? left : rows;
         const char *next = following < items ? (const char *)op.weight + following % pieces * shape.piece_bytes : nullptr;
-        if (op.bits == 4)
-            run_piece<element, 4>(op, shape, quantised + begin * stride, stride, piece, begin, count, next, (lanes *)memory);
-        else
-            run_piece<element, 8>(op, shape, quantised + begin * stride, stride, piece, begin, count, next, (lanes *)memory);
+        run_piece<element>(op, shape, quantised + begin * stride, stride, piece, begin, count, next, unpacked, (lanes *)memory);
     }
 }
 

@@ -285,7 +285,7 @@ def test_a_wrong_dtype_is_named(tmp_path):
 def test_a_group_that_there_is_not(tmp_path):
     quantised, _ = quantise("llama", tmp_path, FORMATS["gptq int4 act order"])
     rewrite(quantised, lambda tensors: tensors[f"{Q_PROJ}.g_idx"].__setitem__(5, 2))
-    assert f"tensor {Q_PROJ}.g_idx names group 2, but config.json implies 2" in refusal(quantised)
+    assert f"tensor {Q_PROJ}.g_idx names group 2, but config.json implies groups 0 to 1" in refusal(quantised)
 
 
 def test_config_and_checkpoint_that_disagree(tmp_path):

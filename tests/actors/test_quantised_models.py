@@ -25,9 +25,9 @@ INT4 = compressed("pack-quantized", num_bits=4, group_size=32, strategy="group")
 SIZES = {"phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}}
 
 
-def logits(folder) -> Tensor:
-    """[positions, vocab] of one sequence, in plain torch."""
-    driver = DecoderDriver(folder, [SEQUENCE], way="torch")
+def logits(folder, way: str = "torch") -> Tensor:
+    """[positions, vocab] of one sequence."""
+    driver = DecoderDriver(folder, [SEQUENCE], way=way)
     driver.step({0: len(SEQUENCE)})
     return driver.all_logits(0)
 
@@ -55,6 +55,33 @@ def test_activations_of_8_bits_are_near(form, tmp_path):
     quantised, reference = quantise("llama", tmp_path, form, num_hidden_layers=2)
     assert load_weights_of(quantised).layers[0].qkv.activations is not None
     assert 1e-4 < relative_error(logits(quantised), logits(reference)) < 0.2
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiled_kernels_lose_little_and_a_recorded_step_loses_no_more(name, tmp_path):
+    """Activations are rounded to 8 bits, and floats of 8 bits expanded."""
+    quantised, _ = quantise("llama", tmp_path, FORMATS[name], num_hidden_layers=2)
+    immediate = logits(quantised, "native")
+    assert torch.equal(logits(quantised, "recorded"), immediate)
+    assert relative_error(immediate, logits(quantised)) < (0.3 if "fp8" in name else 0.1)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "qwen2"])
+def test_compiled_kernels_in_other_families(family, tmp_path):
+    quantised, _ = quantise(family, tmp_path, INT4, num_hidden_layers=2)
+    immediate = logits(quantised, "native")
+    assert torch.equal(logits(quantised, "recorded"), immediate)
+    assert relative_error(immediate, logits(quantised)) < 0.2  # of experts another may be chosen
+
+
+def test_two_by_two_shards_in_compiled_kernels(tmp_path):
+    """Groups are whole on every shard. Sums over shards differ in their last bits, which may round an input otherwise."""
+    quantised, _ = quantise(
+        "llama", tmp_path, compressed("pack-quantized", num_bits=4, group_size=16, strategy="group")
+    )
+    expected = logits(quantised, "recorded")
+    tolerance = 0.02 * float(expected.abs().max())
+    assert_equals_one_shard(quantised, tp=2, pp=2, way="recorded", reference="recorded", tolerance=tolerance)
 
 
 def load_weights_of(folder, **options):

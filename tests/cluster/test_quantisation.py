@@ -181,7 +181,20 @@ def test_where_a_config_may_be(tmp_path):
     [
         ({**GPTQ, "group_size": "big"}, "group_size = 'big'; a positive integer is needed"),
         ({**GPTQ, "dynamic": {"-:(": {}}}, "quantization_config is not understood"),
-        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size = 128; two integers are needed"),
+        (
+            {"quant_method": "fp8", "weight_block_size": 128},
+            "weight_block_size = 128; two positive integers are needed",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [0, 32]}, "weight_block_size = 0; a positive integer is needed"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [32, 1.5]},
+            "weight_block_size = 1.5; a positive integer is needed",
+        ),
+        (
+            {**AWQ, "modules_to_not_convert": "lm_head"},
+            "modules_to_not_convert = 'lm_head'; a list of strings is needed",
+        ),
+        (compressed(ignore="lm_head"), "ignore = 'lm_head'; a list of strings is needed"),
         (compressed(config_groups={}), "config_groups is missing"),
         (compressed(group={"weights": {"num_bits": 8, "strategy": "block"}}), "block_structure = None"),
     ],
@@ -191,6 +204,24 @@ def test_impossible_values_are_refused_with_the_file(fields, named, tmp_path):
         quantisation_of(tmp_path, quantization_config=fields)
     assert str(caught.value).startswith(f"{tmp_path}/config.json: ")
     assert named in str(caught.value)
+
+
+def test_a_stack_with_a_part_of_another_kind_is_kept_unquantised(tmp_path):
+    spec = spec_of(tmp_path, quantization_config=compressed(ignore=["lm_head", "re:.*v_proj"]))
+    whole = spec_of(tmp_path, quantization_config=compressed(ignore=["lm_head"]))
+    heads = 2 * spec.num_kv_heads + spec.num_heads
+    stacks = spec.num_layers * heads * spec.head_dim * spec.hidden_size
+    scheme = whole.quantisation.schemes[0]
+    per_weight = scheme.nbytes(1, spec.hidden_size) / spec.hidden_size
+    more = weight_bytes(spec, ShardLayout(), 2) - weight_bytes(whole, ShardLayout(), 2)
+    assert more == pytest.approx(stacks * (2 - per_weight))
+
+
+def test_floats_of_8_bits_count_as_wide_where_they_are_expanded(tmp_path):
+    spec = spec_of(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    dense = spec_of(tmp_path)
+    assert weight_bytes(spec, ShardLayout(), 2, expands_floats=True) == weight_bytes(dense, ShardLayout(), 2)
+    assert weight_bytes(spec, ShardLayout(), 2) < weight_bytes(dense, ShardLayout(), 2)
 
 
 def test_quantised_bytes_add_up(tmp_path):
