@@ -26,6 +26,8 @@ class Verdict(enum.StrEnum):
     FAIL = "fail"
     UNDECIDED = "undecided"
     """Too few samples to tell."""
+    BEYOND = "beyond base"
+    """Of a task: the base itself answers so little of it that a variant could lose nothing, whatever it does."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +39,18 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Points that the loss may exceed `max_loss` by for all that the sample can tell; beyond there is no pass."""
     max_perplexity_increase: float = 3.0
     """Per cent."""
+
+    @property
+    def laxer_than_default(self) -> list[str]:
+        """Those that allow more than the defaults do, as `troupe eval` is told them."""
+        return [
+            f"--{name.replace('_', '-')} {getattr(self, name):g} (default {getattr(_DEFAULT_LIMITS, name):g})"
+            for name in self.__struct_fields__
+            if getattr(self, name) > getattr(_DEFAULT_LIMITS, name)
+        ]
+
+
+_DEFAULT_LIMITS = Limits()
 
 
 class TaskFigures(msgspec.Struct, kw_only=True):
@@ -61,7 +75,8 @@ class TaskFigures(msgspec.Struct, kw_only=True):
     """What was lost at least, with the confidence that all criteria of the verdict share."""
     verdict: Verdict
     items_needed: int = 0
-    """More questions until there would be a verdict, if they went like these; 0 with one."""
+    """More questions until there would be a verdict, if they went like these; 0 with one, and where the base itself
+    answers too few right."""
 
 
 class TextFigures(msgspec.Struct, kw_only=True):
@@ -86,7 +101,7 @@ class TextFigures(msgspec.Struct, kw_only=True):
     """Share of tokens for which both have the same likeliest one."""
     verdict: Verdict
     sequences_needed: int = 0
-    """As `TaskFigures.items_needed`."""
+    """More sequences until there would be a verdict, if they went like these; 0 with one."""
 
 
 class ModelFigures(msgspec.Struct, kw_only=True):
@@ -97,6 +112,10 @@ class ModelFigures(msgspec.Struct, kw_only=True):
     content: CheckpointHash
     quantisation: str | None
     kv_cache_dtype: str
+    device: str
+    """"cpu" or "cuda"."""
+    dtype: str
+    """Of activations, and of weights that are not quantised."""
     weight_bytes: int
     """In the device's memory."""
     tokens_per_second: dict[str, float]
@@ -105,6 +124,8 @@ class ModelFigures(msgspec.Struct, kw_only=True):
     """Questions whose answer is a JSON object or array."""
     json_valid: int
     """Replies to them that are."""
+    cut_replies: int
+    """Replies that ended only because they were as long as was allowed."""
 
 
 class Evaluation(msgspec.Struct, kw_only=True):
@@ -155,15 +176,40 @@ def read_report(path: Path) -> EvaluationReport | None:
     return report
 
 
+def check_writable(path: Path) -> None:
+    """Find out whether a file can be written, before the measurements that it is for.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    scratch = _scratch(path)
+    try:
+        scratch.touch()
+        scratch.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
 def write_report(path: Path, report: EvaluationReport) -> None:
     """Write a report, at once or not at all.
 
     Raises:
         CheckpointError: it cannot be written there.
     """
-    scratch = path.with_name(path.name + ".part")
+    scratch = _scratch(path)
     try:
         scratch.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         scratch.replace(path)
     except OSError as error:
-        raise CheckpointError(f"the report cannot be written to {path}: {error.strerror}; name a --report") from None
+        raise _unwritable(path, error) from None
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be written: {error.strerror}; name a file in a folder that can be written. `troupe serve` "
+        f"looks for {REPORT_FILE} beside the weights only: if that folder is read-only, evaluate and serve a copy of it"
+    )

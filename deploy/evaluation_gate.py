@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from ..actors.placement import Device
 from ..cluster.checkpoint_hash import hash_checkpoint
 from ..cluster.config import ModelConfig
 from ..cluster.errors import CheckpointError, ConfigError
@@ -18,10 +19,14 @@ from ..cluster.model_spec import ModelSpec
 _WAY_OUT = "or serve it all the same with --allow-unevaluated (allow_unevaluated: true)"
 
 
-def check_evaluated(model: ModelConfig, spec: ModelSpec, folder: Path) -> None:
+def check_evaluated(model: ModelConfig, spec: ModelSpec, folder: Path, device: Device) -> None:
     """
+    Args:
+        device: that it is to be served on, whose kernels round in their own way.
+
     Raises:
-        ConfigError: the model is a variant without a passed evaluation of the weights that lie there now.
+        ConfigError: the model is a variant without a passed evaluation of the files that lie there now, on such a
+            device, against a base that is no variant itself, by limits as strict as the defaults.
     """
     kv_cache_dtype = model.kv_cache_dtype
     changes = [] if spec.quantisation is None else [f"its weights are quantised ({spec.quantisation.label})"]
@@ -44,8 +49,19 @@ def check_evaluated(model: ModelConfig, spec: ModelSpec, folder: Path) -> None:
     if evaluation is None:
         raise ConfigError(f"{refused} it was never evaluated like that; {remedy}")
     evaluated = evaluation.variant.content
-    if hash_checkpoint(folder, evaluated.files).sha256 != evaluated.sha256:
-        raise ConfigError(f"{refused} its files have changed since it was evaluated; {remedy}")
+    content = hash_checkpoint(folder, evaluated.files)
+    if content.sha256 != evaluated.sha256:
+        before, now = ({(file.name, file.sha256) for file in of.files} for of in (evaluated, content))
+        changed = ", ".join(sorted({name for name, _ in before ^ now}))
+        raise ConfigError(f"{refused} its files have changed since it was evaluated ({changed}); {remedy}")
+    base_evaluated = evaluation.base
+    if base_evaluated.quantisation is not None or base_evaluated.kv_cache_dtype != "auto":
+        raise ConfigError(f"{refused} it was only compared with {base_evaluated.model}, itself a variant; {remedy}")
+    if evaluation.variant.device != device:
+        raise ConfigError(
+            f"{refused} it was evaluated on {evaluation.variant.device} and is to be served on {device}; run "
+            f"`{command} --device {device}`, {_WAY_OUT}"
+        )
     if evaluation.verdict is Verdict.FAIL:
         raise ConfigError(f"{refused} it failed its evaluation: {'; '.join(evaluation.reasons)} ({_WAY_OUT})")
     if evaluation.verdict is Verdict.UNDECIDED:
@@ -53,3 +69,5 @@ def check_evaluated(model: ModelConfig, spec: ModelSpec, folder: Path) -> None:
             f"{refused} its evaluation left undecided whether it is good enough: {'; '.join(evaluation.reasons)} "
             f"({_WAY_OUT})"
         )
+    if laxer := evaluation.limits.laxer_than_default:
+        raise ConfigError(f"{refused} its evaluation was laxer than the defaults: {', '.join(laxer)}; {remedy}")

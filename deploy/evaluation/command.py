@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,17 @@ from ...cluster.evaluation_report import (
     EvaluationReport,
     Limits,
     Verdict,
+    check_writable,
     read_report,
     write_report,
 )
+from ..model_folder import find_model_folder
 from .items import DEMO_TASKS
 
 EXIT_NOT_PASSED = 3
 """The evaluation was done, and its verdict is not a pass."""
+_FOR_SERVERS = ("target", "model", "tasks", "concurrency", "max_tokens", "output")
+_FOR_COMPARISONS = ("report", "max_loss", "max_margin", "max_perplexity_increase")
 
 
 class KVCacheDtype(enum.StrEnum):
@@ -34,6 +39,7 @@ class KVCacheDtype(enum.StrEnum):
 
 
 def eval_command(
+    context: typer.Context,
     target: Annotated[
         str,
         typer.Argument(
@@ -70,20 +76,28 @@ def eval_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     report: Annotated[
-        Path | None, typer.Option(help=f"Write the report here instead of MODEL/{REPORT_FILE}, where serve looks.")
+        Path | None,
+        typer.Option(help=f"Write the report here, and not to MODEL/{REPORT_FILE}, where alone serve looks."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write all figures here as JSON.")] = None,
 ) -> None:
     """Measure the accuracy of a running server, or what a model has lost against another."""
+    if output is not None:
+        check_writable(output)
     if target.startswith(("http://", "https://")):
-        if against is not None or text is not None or report is not None:
-            raise ConfigError(f"{target} is a server; --against, --text and --report compare model folders")
+        if flags := _given(context, [name for name in context.params if name not in _FOR_SERVERS]):
+            raise ConfigError(f"{target} is a server, and {flags} can only be said of a model folder; leave it out")
         from .server import evaluate_server
 
         evaluate_server(target, model, tasks or DEMO_TASKS, concurrency, max_tokens, output)
         return
     if model:
         raise ConfigError(f"--model {model[0]} chooses a model of a server, and {target} is none")
+    if against is None and (flags := _given(context, _FOR_COMPARISONS)):
+        raise ConfigError(f"{flags} judges or stores a comparison; name the model to compare with: --against BASE")
+    place = report or find_model_folder(target) / REPORT_FILE
+    if against is not None:
+        check_writable(place)
 
     from .comparison import Settings, compare, measure_alone  # with torch, which the other commands do without
     from .tables import model_table, solo_table, task_table, text_table
@@ -101,26 +115,34 @@ def eval_command(
     )
     console = Console(width=max(120, Console().width))
     if against is None:
-        if report is not None:
-            raise ConfigError("--report stores a comparison; name the model to compare with: --against BASE")
         solo = measure_alone(target, settings, console)
         console.print(solo_table(solo), model_table(solo.figures))
         if output is not None:
             output.write_bytes(solo.as_json())
         return
-    folder, evaluation = compare(target, against, settings, console)
+    evaluation = compare(target, against, settings, console)
     console.print(task_table(evaluation), text_table(evaluation), model_table(evaluation.base, evaluation.variant))
-    stored = store(report or folder / REPORT_FILE, evaluation)
     if output is not None:
         write_report(output, EvaluationReport(evaluations={kv_cache_dtype.value: evaluation}))
+    store(place, evaluation)
     for reason in evaluation.reasons:
         console.print(reason, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"verdict: {evaluation.verdict.value} ({stored})", markup=False, highlight=False, soft_wrap=True)
+    if laxer := settings.limits.laxer_than_default:
+        reason = f"{', '.join(laxer)}: limits that lax are not what `troupe serve` takes for a pass"
+        console.print(reason, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"verdict: {evaluation.verdict.value} ({place})", markup=False, highlight=False, soft_wrap=True)
     if evaluation.verdict is not Verdict.PASS:
         raise typer.Exit(EXIT_NOT_PASSED)
 
 
-def store(path: Path, evaluation: Evaluation) -> Path:
+def _given(context: typer.Context, names: Collection[str]) -> str:
+    """The flags of these parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return ", ".join(parameter.opts[0] for parameter in context.command.params if parameter.name in given)
+
+
+def store(path: Path, evaluation: Evaluation) -> None:
     """Put an evaluation into the report at `path`, beside those of the same weights with other KV caches.
 
     Raises:
@@ -137,4 +159,3 @@ def store(path: Path, evaluation: Evaluation) -> Path:
         if other.variant.content.sha256 == content
     }
     write_report(path, EvaluationReport(evaluations={**kept, evaluation.variant.kv_cache_dtype: evaluation}))
-    return path

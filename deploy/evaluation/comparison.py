@@ -15,16 +15,14 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from ...cluster.checkpoint_hash import CheckpointHash, hash_checkpoint
 from ...cluster.errors import ConfigError
 from ...cluster.evaluation_report import Evaluation, Limits, ModelFigures
-from ...cluster.model_spec import ModelSpec, load_spec
-from ...router.tokenizer import Tokenizer
 from ..bench.report import environment, measure_in_turn
 from ..model_folder import find_model_folder
-from .held_out_text import Sample, ScoredSequence, embedded_text, knows_embedded_tasks, load_text, tokenise
-from .items import EvalItem, embedded_items, is_json, load_items, right
-from .loaded_model import LoadedModel, chat_prompts
+from .candidate import Candidate, check_comparable, check_differing
+from .held_out_text import Sample, ScoredSequence, embedded_text, knows_embedded_tasks, load_text
+from .items import EvalItem, embedded_items, json_replies, load_items, right
+from .loaded_model import LoadedModel, Replies
 from .score import Score, figures, score
 from .text_losses import TextLosses, compare_losses
 from .verdict import judge_task, judge_text, overall
@@ -60,53 +58,34 @@ class Settings:
     """Of the variant."""
 
 
-class Candidate:
-    """One of the models before it is loaded: its folder, its tokenizer, and the questions and text as its tokens."""
-
-    def __init__(self, model: str, items: Sequence[EvalItem], samples: Sequence[Sample], settings: Settings) -> None:
-        self.folder = find_model_folder(model)
-        self.spec: ModelSpec = load_spec(self.folder)
-        self.tokenizer = Tokenizer.load(self.folder)
-        self.prompts = chat_prompts(items, self.tokenizer)
-        context = self.spec.max_position_embeddings
-        self.sequences: list[ScoredSequence] = tokenise(samples, self.tokenizer, settings.window, context)
-        asked = max(map(len, self.prompts)) + settings.max_tokens
-        if asked > context:
-            raise ConfigError(
-                f"the longest question and --max-tokens {settings.max_tokens} make {asked} tokens, and the context of "
-                f"{self.folder.name} is {context}; ask for fewer"
-            )
-        self.longest = max(asked, *(len(sequence.tokens) for sequence in self.sequences))
-
-
-def compare(model: str, base: str, settings: Settings, console: Console) -> tuple[Path, Evaluation]:
-    """Measure both models and judge the first; also gives its folder.
+def compare(model: str, base: str, settings: Settings, console: Console) -> Evaluation:
+    """Measure both models and judge the first.
 
     Raises:
         ConfigError: questions, text or models do not go together. CheckpointError: a model cannot be loaded.
     """
     items, samples, sources = questions_and_text(model, settings)
-    variant_side, base_side = (Candidate(name, items, samples, settings) for name in (model, base))
-    if variant_side.sequences != base_side.sequences:
-        raise ConfigError(f"{model} and {base} make different tokens of the same text, so they cannot be compared")
+    variant_side = _candidate(model, items, samples, settings, settings.kv_cache_dtype)
+    base_side = _candidate(base, items, samples, settings, "auto")
+    check_comparable(variant_side, base_side)
     with console.status("hashing the checkpoints"):
-        hashes = [hash_checkpoint(side.folder) for side in (variant_side, base_side)]
+        variant_side.read_content()
+        base_side.read_content()
+    check_differing(variant_side, base_side)
     longest = max(variant_side.longest, base_side.longest)
     with ExitStack() as stack:
         with console.status(f"loading {base_side.folder.name} and {variant_side.folder.name}"):
-            loaded_base = stack.enter_context(_load(base_side, settings, longest, "auto"))
-            loaded_variant = stack.enter_context(_load(variant_side, settings, longest, settings.kv_cache_dtype))
+            loaded_base = stack.enter_context(_load(base_side, settings, longest))
+            loaded_variant = stack.enter_context(_load(variant_side, settings, longest))
         losses = _losses(loaded_base, loaded_variant, base_side.sequences, console)
         replies = [
             _ask(loaded, side, settings, console)
             for loaded, side in ((loaded_base, base_side), (loaded_variant, variant_side))
         ]
         speeds = _speeds([loaded_base, loaded_variant], base_side.prompts[0], settings, console)
-    of_base = _figures(base_side, hashes[1], loaded_base, items, replies[0], speeds[0], "auto")
-    of_variant = _figures(
-        variant_side, hashes[0], loaded_variant, items, replies[1], speeds[1], settings.kv_cache_dtype
-    )
-    is_right = [right(items, of_model) for of_model in replies]
+    of_base = _figures(base_side, loaded_base, items, replies[0], speeds[0])
+    of_variant = _figures(variant_side, loaded_variant, items, replies[1], speeds[1])
+    is_right = [right(items, of_model.texts) for of_model in replies]
 
     names = list(dict.fromkeys(item.task for item in items))
     limits, criteria = settings.limits, len(names) + 2  # with all tasks together, and the text
@@ -118,7 +97,7 @@ def compare(model: str, base: str, settings: Settings, console: Console) -> tupl
     text = judge_text(losses, limits, criteria)
     total = judge_task(is_right[0], is_right[1], limits, criteria)
     verdict, reasons = overall(tasks, total, text, limits)
-    evaluation = Evaluation(
+    return Evaluation(
         verdict=verdict,
         reasons=reasons,
         limits=limits,
@@ -130,7 +109,6 @@ def compare(model: str, base: str, settings: Settings, console: Console) -> tupl
         sources=sources,
         environment={key: str(value) for key, value in environment().items()},
     )
-    return variant_side.folder, evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,16 +134,16 @@ class SoloFigures:
 def measure_alone(model: str, settings: Settings, console: Console) -> SoloFigures:
     """Accuracy and perplexity of one model; raises as `compare` does."""
     items, samples, _ = questions_and_text(model, settings)
-    side = Candidate(model, items, samples, settings)
+    side = _candidate(model, items, samples, settings, settings.kv_cache_dtype)
     with console.status(f"hashing and loading {side.folder.name}"):
-        content = hash_checkpoint(side.folder)
-        loaded = _load(side, settings, side.longest, settings.kv_cache_dtype)
+        side.read_content()
+        loaded = _load(side, settings, side.longest)
     with loaded:
         losses = _losses(loaded, loaded, side.sequences, console)
         replies = _ask(loaded, side, settings, console)
         (speeds,) = _speeds([loaded], side.prompts[0], settings, console)
-    of_model = _figures(side, content, loaded, items, replies, speeds, settings.kv_cache_dtype)
-    return SoloFigures(of_model, score(items, replies), losses)
+    of_model = _figures(side, loaded, items, replies, speeds)
+    return SoloFigures(of_model, score(items, replies.texts), losses)
 
 
 def questions_and_text(model: str, settings: Settings) -> tuple[list[EvalItem], list[Sample], dict[str, str]]:
@@ -192,12 +170,28 @@ def questions_and_text(model: str, settings: Settings) -> tuple[list[EvalItem], 
     return items, samples, sources
 
 
-def _load(side: Candidate, settings: Settings, longest: int, kv_cache_dtype: str) -> LoadedModel:
-    fields = dict(settings.engine)
-    if kv_cache_dtype != "auto":
-        fields["kv_cache_dtype"] = kv_cache_dtype
-    waiting = len(side.prompts)
-    return LoadedModel(side.folder, longest=longest, concurrency=settings.concurrency, waiting=waiting, **fields)
+def _candidate(
+    model: str, items: Sequence[EvalItem], samples: Sequence[Sample], settings: Settings, kv_cache_dtype: str
+) -> Candidate:
+    return Candidate(
+        model,
+        items,
+        samples,
+        window=settings.window,
+        max_tokens=settings.max_tokens,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+
+
+def _load(side: Candidate, settings: Settings, longest: int) -> LoadedModel:
+    return LoadedModel(
+        side.folder,
+        longest=longest,
+        concurrency=settings.concurrency,
+        waiting=len(side.prompts),
+        kv_cache_dtype=side.kv_cache_dtype,
+        **settings.engine,
+    )
 
 
 def _losses(
@@ -215,7 +209,7 @@ def _losses(
         return compare_losses(*scorers, sequences, base.step_tokens, base.concurrency, advance)
 
 
-def _ask(loaded: LoadedModel, side: Candidate, settings: Settings, console: Console) -> list[str]:
+def _ask(loaded: LoadedModel, side: Candidate, settings: Settings, console: Console) -> Replies:
     with _bar(console, side.folder.name, len(side.prompts)) as move:
         return loaded.replies(side.prompts, side.tokenizer, settings.max_tokens, move)
 
@@ -238,24 +232,21 @@ def _speeds(
 
 
 def _figures(
-    side: Candidate,
-    content: CheckpointHash,
-    loaded: LoadedModel,
-    items: Sequence[EvalItem],
-    replies: Sequence[str],
-    speeds: dict[str, float],
-    kv_cache_dtype: str,
+    side: Candidate, loaded: LoadedModel, items: Sequence[EvalItem], replies: Replies, speeds: dict[str, float]
 ) -> ModelFigures:
-    json_replies = [reply for item, reply in zip(items, replies, strict=True) if is_json(item.answer)]
+    valid = json_replies(items, replies.texts)
     return ModelFigures(
         model=side.folder.name,
-        content=content,
+        content=side.content,
         quantisation=side.spec.quantisation.label if side.spec.quantisation is not None else None,
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=side.kv_cache_dtype,
+        device=loaded.device,
+        dtype=loaded.dtype,
         weight_bytes=loaded.weight_bytes,
         tokens_per_second=speeds,
-        json_items=len(json_replies),
-        json_valid=sum(map(is_json, json_replies)),
+        json_items=len(valid),
+        json_valid=sum(valid),
+        cut_replies=replies.cut,
     )
 
 

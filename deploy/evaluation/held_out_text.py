@@ -44,7 +44,7 @@ def load_text(path: Path) -> list[Sample]:
     """Read held-out text: JSON lines with `text` or `messages` if the name ends with .jsonl, else one plain text.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, or a line has neither; names the line.
+        ConfigError: the file cannot be read, is empty, or a line has neither or repeats another; names the line.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -53,11 +53,15 @@ def load_text(path: Path) -> list[Sample]:
     if path.suffix != ".jsonl":
         samples = [Sample(str(path), text=content)] if content.strip() else []
     else:
-        samples = [
-            _read_line(line, f"{path}:{number}")
-            for number, line in enumerate(content.splitlines(), start=1)
-            if line.strip()
-        ]
+        samples = []
+        seen: dict[str, str] = {}
+        for number, line in enumerate(content.split("\n"), start=1):
+            if line.strip():
+                sample = _read_line(line, f"{path}:{number}")
+                first = seen.setdefault(json.dumps([sample.text, sample.messages]), sample.origin)
+                if first != sample.origin:
+                    raise ConfigError(f"{sample.origin}: the same text as {first}; remove one, as it says nothing new")
+                samples.append(sample)
     if not samples:
         raise ConfigError(f"{path} is empty; write plain text, or JSON lines with text or messages (.jsonl)")
     return samples

@@ -2,7 +2,7 @@
 
 A line of a task file is a JSON object with `task`, `messages` (the chat up to the question) and `answer`, and perhaps
 `difficulty`. What stands behind the last "Answer:" of a reply counts, or all of it where there is none
-(`demo_models/tasks.py`).
+(`demo_models/tasks.py`), without the space around it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,26 @@ def load_items(path: Path) -> list[EvalItem]:
     """Read a task file.
 
     Raises:
-        ConfigError: no such file, no items, or a line that is not an item; names the line.
+        ConfigError: no such file, no items, a line that is not an item, or a question that was asked before, which
+            would count as two samples; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the task file {path}: {error}") from None
     items = []
+    asked: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                items.append(msgspec.json.decode(line, type=EvalItem))
-            except msgspec.DecodeError as error:
-                raise ConfigError(f"{path}:{number}: not a question with task, messages and answer: {error}") from None
+        if not line.strip():
+            continue
+        try:
+            item = msgspec.json.decode(line, type=EvalItem)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{path}:{number}: not a question with task, messages and answer: {error}") from None
+        first = asked.setdefault(json.dumps([item.task, item.messages]), number)
+        if first != number:
+            raise ConfigError(f"{path}:{number}: the same question of task {item.task} as in line {first}; remove one")
+        items.append(item)
     if not items:
         raise ConfigError(f"{path} has no questions; write one JSON object a line with task, messages and answer")
     return items
@@ -57,12 +64,22 @@ def embedded_items(seed: int, per_task: int) -> list[EvalItem]:
 
 def right(items: Sequence[EvalItem], replies: Sequence[str]) -> list[bool]:
     """Which replies are exactly right."""
-    return [extract_answer(reply) == item.answer for item, reply in zip(items, replies, strict=True)]
+    return [extract_answer(reply) == item.answer.strip() for item, reply in zip(items, replies, strict=True)]
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is a JSON object or array and nothing else."""
+    """Whether a text is a JSON object or array and nothing else, by RFC 8259: Python's NaN and Infinity are no JSON."""
     try:
-        return isinstance(json.loads(text), dict | list)
-    except ValueError:
+        return isinstance(json.loads(text, parse_constant=_refuse), dict | list)
+    except (ValueError, RecursionError):  # the latter for thousands of brackets, which no reply should be
         return False
+
+
+def json_replies(items: Sequence[EvalItem], replies: Sequence[str]) -> list[bool]:
+    """For every item whose answer is JSON, whether what counts of the reply is."""
+    pairs = zip(items, replies, strict=True)
+    return [is_json(extract_answer(reply)) for item, reply in pairs if is_json(item.answer)]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)

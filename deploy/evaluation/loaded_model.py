@@ -9,9 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from ...actors.local_engine import LocalEngine
 from ...cluster.errors import ConfigError, InvalidRequest
-from ...cluster.request import SamplingParams
+from ...cluster.request import FinishReason, SamplingParams
 from ...router.detokenizer import Detokenizer
 from ...router.tokenizer import Tokenizer
 from .items import EvalItem
@@ -45,6 +47,14 @@ def chat_prompts(items: Sequence[EvalItem], tokenizer: Tokenizer) -> list[list[i
     return asyncio.run(encode())
 
 
+class Replies(msgspec.Struct):
+    """What a model answered, in the order of the prompts."""
+
+    texts: list[str]
+    cut: int
+    """Of them, those that ended only because they were as long as was allowed."""
+
+
 class LoadedModel:
     """An engine without prefix caching, so that whole sequences may be scored between requests."""
 
@@ -71,7 +81,10 @@ class LoadedModel:
             **fields,
         )
         self.step_tokens, self.concurrency = step_tokens, concurrency
-        self.weight_bytes = self.engine.shard.weight_bytes
+        shard = self.engine.shard
+        self.weight_bytes = shard.weight_bytes
+        self.device = shard.device.type
+        self.dtype = str(shard.dtype).removeprefix("torch.")
 
     def replies(
         self,
@@ -79,7 +92,7 @@ class LoadedModel:
         tokenizer: Tokenizer,
         max_tokens: int,
         advance: Callable[[int], None] = lambda replies: None,
-    ) -> list[str]:
+    ) -> Replies:
         """Greedy replies as a server gives them, without special tokens.
 
         Args:
@@ -94,7 +107,7 @@ class LoadedModel:
         for prompt, completion in zip(prompts, completions, strict=True):
             detokenizer = Detokenizer(tokenizer, prompt)
             texts.append("".join(map(detokenizer.push, completion.tokens)))
-        return texts
+        return Replies(texts, sum(completion.finish_reason is FinishReason.LENGTH for completion in completions))
 
     def tokens_per_second(self, requests: int, prompt: list[int]) -> float:
         """Speed of so many equal requests that run together and answer a short prompt, measured once."""

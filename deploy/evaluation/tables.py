@@ -60,6 +60,7 @@ def model_table(*models: ModelFigures) -> Table:
 
     row("weights", [model.quantisation or "as trained" for model in models])
     row("KV cache", [model.kv_cache_dtype for model in models])
+    row("measured on", [f"{model.device}, {model.dtype}" for model in models])
     files = [model.content.weight_file_bytes for model in models]
     row("weight files", [format_bytes(size) for size in files], files[0], files[-1])
     in_memory = [format_bytes(model.weight_bytes) for model in models]
@@ -70,6 +71,7 @@ def model_table(*models: ModelFigures) -> Table:
         row(what, [f"{value:.1f}" for value in speeds], speed, speeds[-1])
     if first.json_items:
         row("valid JSON where JSON is asked for", [_json(model) for model in models])
+    row("replies cut at --max-tokens", [str(model.cut_replies) for model in models])
     return table
 
 

@@ -15,6 +15,10 @@ bounds of that side have 2.5 % each (intersection-union test, Berger, Technometr
 If all tasks together certainly lost more than the limit, one of them did, even if no sample is large enough to tell
 which; that is a fail too.
 
+What the base hardly can, a variant cannot lose. A task says something only if the base certainly answers a larger share
+right than may be lost: the lower bound of its accuracy (Wilson, 95 %) is above limit + max_margin. Others are beyond
+the base and decide nothing; but if they are most tasks, something is wrong with the questions, and nothing is decided.
+
 The perplexity of the text has no margin besides: its interval is narrow, and more text is easily had. It passes if the
 interval's upper bound is within the limit.
 """
@@ -25,7 +29,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ...cluster.evaluation_report import Limits, TaskFigures, TextFigures, Verdict
-from .intervals import Z_95, paired_difference, quantile, ratio_of_sums
+from .intervals import Z_95, paired_difference, quantile, ratio_of_sums, wilson
 from .text_losses import TextLosses
 
 TAIL = 0.025
@@ -58,6 +62,9 @@ def judge_task(base: Sequence[bool], variant: Sequence[bool], limits: Limits, cr
 
     low, high = paired_difference(lost, gained, items)
     verdict = decide(1)
+    telling = _base_floor(sum(base), items) > limits.max_loss + limits.max_margin
+    if verdict is not Verdict.FAIL and not telling:
+        verdict = Verdict.BEYOND
     return TaskFigures(
         items=items,
         base_right=sum(base),
@@ -130,6 +137,13 @@ def overall(
                 f"confidence {task.low:.1f} to {task.high:.1f}; allowed are {limits.max_loss:g} and a margin of "
                 f"{limits.max_margin:g} at most"
             )
+    beyond = [name for name, task in tasks.items() if task.verdict is Verdict.BEYOND]
+    if 2 * len(beyond) > len(tasks):
+        undecided.append(
+            f"{len(beyond)} of {len(tasks)} tasks tell nothing ({', '.join(beyond)}): the base itself answers at most "
+            f"{limits.max_loss + limits.max_margin:g} % of their questions for certain; give questions that it can "
+            "answer, or a larger --max-tokens"
+        )
     if total.verdict is Verdict.FAIL and not failed:
         failed.append(
             f"all tasks together lost {total.loss:.1f} points, certainly more than {total.certain_loss:.1f}, so at "
@@ -148,6 +162,11 @@ def overall(
     if failed:
         return Verdict.FAIL, failed + undecided
     return (Verdict.UNDECIDED if undecided else Verdict.PASS), undecided
+
+
+def _base_floor(right: int, items: int) -> float:
+    """Per cent of a task's questions that the base answers at least."""
+    return 100 * wilson(right, items)[0]
 
 
 def _interval(values: Sequence[float], tokens: Sequence[int], z: float) -> tuple[float, float]:

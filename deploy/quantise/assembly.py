@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ... import __version__
 from ...actors.weight_names import WeightNames
 from ...cluster.checkpoint_config import read_json
-from ...cluster.checkpoint_files import weight_files
-from .checkpoint_writer import Entry, copy_other_files, entries_of, merge, write_weights
+from ...cluster.checkpoint_files import INDEX_FILE, weight_files
+from .checkpoint_writer import Entry, copy_files, divide, entries_of, merge, other_files, write_weights
 from .compressed_tensors import quantization_config
+from .durable_files import write_text
 from .options import QuantiseOptions
+from .partial import PartialResult
 from .summary import Sizes
 
 
@@ -29,34 +31,33 @@ class ModelSizes:
 
 
 def assemble(
-    source: Path,
-    out: Path,
-    options: QuantiseOptions,
-    names: WeightNames,
-    quantised: Sequence[str],
-    files: Sequence[Path],
+    source: Path, partial: PartialResult, options: QuantiseOptions, names: WeightNames, quantised: Sequence[str]
 ) -> ModelSizes:
-    """Write weights, tokenizer and the like to `out`, and last its config.json.
+    """Write weights, tokenizer and the like to the quantised model's folder, and last its config.json.
 
     Args:
-        quantised: weights of the source that others stand for.
-        files: safetensors files with those others, and with tensors that have changed.
+        partial: all layers, with what stands for the quantised weights and with tensors that have changed.
+        quantised: those weights of the source.
+
+    Raises:
+        CheckpointError: the disk is full.
     """
-    before, after = entries_of(weight_files(source)), merge(source, set(quantised), files)
+    before, after = entries_of(weight_files(source)), merge(source, set(quantised), partial.layer_files())
+    files, others = divide(after), other_files(source)
+    partial.announce_output(["config.json", INDEX_FILE, *files, *(path.name for path in others)])
     metadata = {"quantised_by": f"troupe {__version__}", "method": str(options.method), "seed": str(options.seed)}
-    write_weights(out, after, metadata)
-    copy_other_files(source, out)
+    write_weights(partial.out, files, metadata)
+    copy_files(others, partial.out)
     config = read_json(source, "config.json", required=True)
     embedding, head = names.embedding()[0].name, names.head()[0].name
     if head == embedding:
         head = "lm_head.weight"
-    kept = _matrices_left(before, {*quantised, embedding})
+    heads = list(dict.fromkeys([_module(head), "lm_head"]))  # transformers calls it so, wherever the checkpoint has it
+    kept = set(_ignored(_matrices_left(before, {*quantised, embedding, head}), _module(embedding)))
     if head not in quantised:
-        kept.add(_module(head))
-    config["quantization_config"] = quantization_config(options, sorted(kept), _module(head))
-    temporary = out / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(temporary, out / "config.json")
+        kept.update(heads)
+    config["quantization_config"] = quantization_config(options, sorted(kept), heads)
+    write_text(partial.out / "config.json", json.dumps(config, indent=2) + "\n")
     of_layers = {_module(name) for name in quantised} - {_module(head)}
     return ModelSizes(
         layers=Sizes(_nbytes(before, of_layers), _nbytes(after, of_layers)),
@@ -71,6 +72,18 @@ def _matrices_left(entries: Sequence[Entry], others: set[str]) -> set[str]:
         for entry in entries
         if len(entry.shape) == 2 and entry.name.endswith(".weight") and entry.name not in others
     }
+
+
+def _ignored(modules: Iterable[str], embedding: str) -> Iterator[str]:
+    """What `ignore` says of these modules: the decoder's by name; others, such as a vision tower's, by a pattern for
+    the part of the model that they belong to, since transformers puts such parts elsewhere than checkpoints do."""
+    decoder = embedding.removesuffix("embed_tokens")
+    for module in modules:
+        if module.startswith(decoder):
+            yield module
+        else:
+            part = module.removeprefix("model.").partition(".")[0]
+            yield rf"re:(.*\.)?{re.escape(part)}(\..*)?$"
 
 
 def _module(name: str) -> str:

@@ -44,7 +44,7 @@ async def _tokenise(source: Path, options: QuantiseOptions, lines: Iterator[tupl
     tokenizer = Tokenizer.load(source)
     sequences: list[list[int]] = []
     for where, line in lines:
-        if "text" in line:
+        if isinstance(line.get("text"), str):
             tokens = await tokenizer.encode(line["text"], add_special_tokens=True)
         elif tokenizer.chat_template is None:
             raise ConfigError(f"{where}: a chat, but {source} has no chat template; give lines with text")
@@ -66,7 +66,7 @@ async def _tokenise(source: Path, options: QuantiseOptions, lines: Iterator[tupl
 def _lines_of(file: Path, choose: random.Random) -> Iterator[tuple[str, Line]]:
     """The lines of a file in random order, each with its place."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # strings may hold what splitlines takes for an end
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--calibration {file} cannot be read: {error}") from None
     order = [number for number, line in enumerate(lines) if line.strip()]
@@ -75,7 +75,7 @@ def _lines_of(file: Path, choose: random.Random) -> Iterator[tuple[str, Line]]:
         where = f"{file}:{number + 1}"
         try:
             line = json.loads(lines[number])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: not JSON: {error}") from None
         if not isinstance(line, dict) or not (
             isinstance(line.get("text"), str) or (isinstance(line.get("messages"), list) and line["messages"])

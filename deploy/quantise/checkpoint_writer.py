@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ import torch
 from safetensors import safe_open
 
 from ...cluster.checkpoint_files import INDEX_FILE, SINGLE_FILE, weight_files
+from ...cluster.evaluation_report import REPORT_FILE
+from .durable_files import publish, reserve, temporary_name, write_text, writing
 
 MAX_FILE_BYTES = 5 * 10**9
 
@@ -72,30 +73,31 @@ def merge(source: Path, replaced: set[str], new: Sequence[Path]) -> list[Entry]:
     return [entries[name] for name in sorted(entries)]
 
 
-def write_weights(
-    folder: Path, entries: Sequence[Entry], metadata: Mapping[str, str], max_bytes: int = MAX_FILE_BYTES
-) -> int:
-    """Write tensors to files of at most `max_bytes`, and an index if there are several.
-
-    Returns:
-        Bytes of all tensors.
-    """
+def divide(entries: Sequence[Entry], max_bytes: int = MAX_FILE_BYTES) -> dict[str, list[Entry]]:
+    """Files of at most `max_bytes`, by name, that the tensors go to."""
     files: list[list[Entry]] = [[]]
     for entry in entries:
         if files[-1] and sum(other.nbytes for other in files[-1]) + entry.nbytes > max_bytes:
             files.append([])
         files[-1].append(entry)
-    total = sum(entry.nbytes for entry in entries)
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     if len(files) == 1:
-        names = [SINGLE_FILE]
-    for name, content in zip(names, files, strict=True):
+        return {SINGLE_FILE: files[0]}
+    return {f"model-{i:05}-of-{len(files):05}.safetensors": content for i, content in enumerate(files, 1)}
+
+
+def write_weights(folder: Path, files: Mapping[str, Sequence[Entry]], metadata: Mapping[str, str]) -> None:
+    """Write the tensors of each file, and an index if there are several.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    for name, content in files.items():
         _write_file(folder / name, content, metadata)
     if len(files) > 1:
-        weight_map = {entry.name: name for name, content in zip(names, files, strict=True) for entry in content}
+        weight_map = {entry.name: name for name, content in files.items() for entry in content}
+        total = sum(entry.nbytes for content in files.values() for entry in content)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return total
+        write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
@@ -107,13 +109,14 @@ def _write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    temporary = temporary_name(path)
+    reserve(temporary, 8 + len(text) + offset)
+    with temporary.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for data in _contents(entries):
             file.write(data)
-    os.replace(temporary, path)
+    publish(path)
 
 
 def _contents(entries: Sequence[Entry]) -> Iterator[memoryview]:
@@ -125,8 +128,21 @@ def _contents(entries: Sequence[Entry]) -> Iterator[memoryview]:
             yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def copy_other_files(source: Path, folder: Path) -> None:
-    """Copy what a model folder holds besides weights and config.json: tokenizer, templates, generation defaults."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _SUFFIXES and file.name not in ("config.json", INDEX_FILE):
-            shutil.copyfile(file, folder / file.name)
+def other_files(source: Path) -> list[Path]:
+    """What a model folder holds besides weights and config.json: tokenizer, templates, generation defaults. Not what an
+    evaluation found out about it: that says nothing of another model."""
+    written_anew = ("config.json", INDEX_FILE, REPORT_FILE)
+    files = sorted(path for path in source.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    return [path for path in files if path.name not in written_anew]
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy some files under their own names.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    for file in files:
+        with writing(folder / file.name, file.stat().st_size):
+            shutil.copyfile(file, temporary_name(folder / file.name))
+            publish(folder / file.name)

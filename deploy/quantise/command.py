@@ -1,4 +1,4 @@
-"""`troupe quantize`: a model's weights in fewer bits, as a checkpoint that Troupe, vLLM and transformers load."""
+"""`troupe quantize`: a model's weights in fewer bits, as a checkpoint in compressed-tensors format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def quantize_command(
     ] = Method.GPTQ,
     bits: Annotated[int, typer.Option(help="8, 4 or 3 for a weight. vLLM loads 8 and 4.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: one scale per output.")] = 128,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Every group has a zero point too.")] = False,
+    asymmetric: Annotated[
+        bool,
+        typer.Option("--asymmetric", help="Every group has a zero point too. transformers 5.23 does not load that."),
+    ] = False,
     activations: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +55,11 @@ def quantize_command(
         bool, typer.Option("--restart", help="Begin anew instead of going on with what OUT has of an earlier run.")
     ] = False,
 ) -> None:
-    """Write a model with quantised weights, in compressed-tensors format. Interrupted, it goes on where it was."""
+    """Write a model with quantised weights, in compressed-tensors format. Interrupted, it goes on where it was.
+
+    Troupe serves what is written. Other programs may load less: transformers 5.23 neither --asymmetric nor mixtures of
+    experts, vLLM no 3 bits.
+    """
     if activations not in (None, "int8"):
         raise ConfigError(f"--activations {activations} is not supported; use int8, or leave it out")
     options = QuantiseOptions(

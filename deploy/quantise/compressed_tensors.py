@@ -59,16 +59,16 @@ def module_tensors(module: str, rounded: RoundedWeight, *, packed: bool) -> dict
     return tensors
 
 
-def quantization_config(options: QuantiseOptions, ignore: Sequence[str], head: str) -> dict[str, Any]:
+def quantization_config(options: QuantiseOptions, ignore: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
-        ignore: modules with a matrix that stays as it is.
-        head: the output projection's module.
+        ignore: names or patterns of the modules with a matrix that stays as it is.
+        head: the output projection's module, by its names.
     """
     groups = {"group_0": _group(["Linear"], options.bits, options.group_size, options)}
     if options.head_bits is not None:
-        groups["group_1"] = _group([head], options.head_bits, options.group_size, options)
+        groups["group_1"] = _group(list(head), options.head_bits, options.group_size, options)
     return {
         "quant_method": "compressed-tensors",
         "format": _format(options),

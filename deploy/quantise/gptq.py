@@ -2,6 +2,10 @@
 
 arXiv:2210.17323, with two options of its published code: columns in the order of their inputs' energy, and scales that
 are fixed beforehand, so that groups stay together and the checkpoint needs no permutation.
+
+Columns lie in ascending order and are rounded from the last to the first. Then the factor that the corrections come
+from is lower triangular, V with Vᵀ V = H⁻¹, and is V = L⁻¹ for H = L Lᵀ: one factorisation and one inverse, both in
+place. Besides H two matrices of its size are in memory while this is solved, and one afterwards.
 """
 
 from __future__ import annotations
@@ -26,39 +30,41 @@ def round_with_compensation(weight: Tensor, products: Tensor, grid: Grid) -> Rou
         products: the sum of x xᵀ over its inputs, [in, in] float32, finite.
     """
     scales, zeros = search_scales(weight, products, grid)
-    order = products.diagonal().argsort(descending=True, stable=True)
-    group_of = order // grid.size_of_groups(weight.shape[1])
-    columns = weight.T[order].contiguous()  # a row per input: what one step works on lies together
-    column_scales, column_zeros = scales.T[group_of].contiguous(), zeros.T[group_of].contiguous()
-    factor = _inverse_factor(products[order][:, order])
-    integers = torch.empty_like(columns)
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
+    order = products.diagonal().argsort(descending=True, stable=True).flip(0)
+    columns = weight.T[order]  # a row per input: what one step works on lies together
+    scales_of, zeros_of = scales.T.contiguous(), zeros.T.contiguous()
+    factor = _inverse_factor(products, order)
+    integers = torch.empty(columns.shape, dtype=torch.uint8)
+    places, size = order.tolist(), grid.size_of_groups(weight.shape[1])
+    for stop in range(len(columns), 0, -BLOCK):
+        start = max(0, stop - BLOCK)
         errors = torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            values, scale, zero = columns[i], column_scales[i], column_zeros[i]
-            integers[i] = grid.nearest(values, scale, zero)
-            error = (values - (integers[i] - zero) * scale) / factor[i, i]
+        for i in reversed(range(start, stop)):
+            group = places[i] // size
+            values, scale, zero = columns[i], scales_of[group], zeros_of[group]
+            nearest = grid.nearest(values, scale, zero)
+            integers[places[i]] = nearest.to(torch.uint8)
+            error = (values - (nearest - zero) * scale) / factor[i, i]
             errors[i - start] = error
-            columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    in_place = torch.empty_like(integers, dtype=torch.uint8)
-    in_place[order] = integers.to(torch.uint8)
-    return RoundedWeight(grid, in_place.T.contiguous(), scales, zeros)
+            columns[start:i].addr_(factor[i, start:i], error, alpha=-1)
+        columns[:start].addmm_(factor[start:stop, :start].T, errors, alpha=-1)
+    return RoundedWeight(grid, integers.T.contiguous(), scales, zeros)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with Uᵀ U = H⁻¹, for H damped until it can be inverted; changes the Hessian.
-
-    With J the reversal of rows and columns and J H J = L Lᵀ, R = J L J is upper triangular and H = R Rᵀ, so U = R⁻¹.
-    """
-    diagonal = hessian.diagonal()
+def _inverse_factor(products: Tensor, order: Tensor) -> Tensor:
+    """Lower triangular V with Vᵀ V = H⁻¹, for H the products in this order, damped until it can be inverted."""
+    diagonal = products.diagonal()[order]
     mean = diagonal.mean().item() or 1.0
-    diagonal[diagonal == 0] = mean
-    damping = DAMPING
+    diagonal = torch.where(diagonal == 0, mean, diagonal)
+    damping, failed = DAMPING, torch.empty((), dtype=torch.int32)
     while True:
         diagonal += damping * mean
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        hessian = products[order[:, None], order]
+        hessian.diagonal().copy_(diagonal)
+        # LAPACK goes by columns: what it finds in place is the transpose, of a matrix that is its own.
+        torch.linalg.cholesky_ex(hessian.mT, out=(hessian.mT, failed))
         if not failed:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(hessian)), upper=True)
+            inverse = torch.eye(len(hessian))
+            torch.linalg.solve_triangular(hessian, inverse.mT, upper=True, out=inverse.mT)
+            return inverse
         damping *= 10

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...cluster.errors import CheckpointError
 from ...kernels.attention_metadata import AttentionMetadata
+from .durable_files import reserve
 
 BATCH_TOKENS = 2048
 """Rows that go through a layer at once; a longer sequence goes alone."""
@@ -67,6 +69,24 @@ def _metadata(lengths: list[int]) -> AttentionMetadata:
     )
 
 
-def open_hidden_states(file: Path, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[tokens, width] in a file that is made where there is none; what is written to the tensor is written to it."""
+def create_hidden_states(file: Path, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[tokens, width] in a new file; what is written to the tensor is written to it.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    reserve(file, tokens * width * dtype.itemsize)
     return torch.from_file(str(file), shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
+
+
+def open_hidden_states(file: Path, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[tokens, width] of a file that was written before; changes of the tensor do not reach it.
+
+    Raises:
+        CheckpointError: the file is missing or has another size.
+    """
+    needed, found = tokens * width * dtype.itemsize, file.stat().st_size if file.is_file() else None
+    if found != needed:
+        state = "is missing" if found is None else f"has {found:,} bytes instead of {needed:,}"
+        raise CheckpointError(f"{file} {state}; what was begun cannot be finished, use --restart to begin anew")
+    return torch.from_file(str(file), shared=False, size=tokens * width, dtype=dtype).view(tokens, width)

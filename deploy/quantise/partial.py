@@ -3,15 +3,17 @@
     OUT/.partial/options.json         what this is: all options and the source's files
                  hidden-00003.bin     hidden states of the calibration sequences before layer 3
                  layer-00002.safetensors     finished layers; each appears at once, after the hidden states behind it
+                 written.json         names of the files of OUT that the quantised model consists of
 
-OUT has no config.json until everything else is there, so that nothing takes it for a model.
+OUT has no config.json until everything else is there, so that nothing takes it for a model. When it has, the folder is
+renamed before it is emptied, so that no part of it is ever taken for the whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...cluster.errors import ConfigError
+from .durable_files import publish, sync, temporary_name, write_text, writing
 
 FOLDER = ".partial"
+DISCARDED = ".partial-discarded"
 
 
 class PartialResult:
@@ -34,22 +38,33 @@ class PartialResult:
             restart: throw away what was done with other options.
 
         Raises:
-            ConfigError: `out` holds something else, or what was begun with another identity.
+            ConfigError: `out` cannot be written, is finished, holds something else, or what was begun with another
+                identity.
         """
+        self.out = out
         self.folder = out / FOLDER
-        file = self.folder / "options.json"
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out} is a file; name a folder for the quantised model")
-        if restart and self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        elif file.is_file():
-            _check_same(out, json.loads(file.read_text()), identity)
-        elif out.is_dir() and any(out.iterdir()):
+        try:
+            self._take_up(identity, restart)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{out} cannot be written: {error}; name another folder") from None
+        write_text(self._options, json.dumps(identity, indent=1, sort_keys=True))
+
+    def _take_up(self, identity: dict[str, Any], restart: bool) -> None:
+        shutil.rmtree(self.out / DISCARDED, ignore_errors=True)
+        if self.folder.is_dir() and (restart or not self._options.is_file()):
+            self._remove_output()
+            self.remove()
+        elif self._options.is_file():
+            _check_same(self.out, json.loads(self._options.read_text()), identity)
+        elif (self.out / "config.json").is_file():
+            raise ConfigError(f"{self.out} holds a finished model; name another folder for the new one, or remove it")
+        elif self.out.is_dir() and any(self.out.iterdir()):
             raise ConfigError(
-                f"{out} exists and is not empty; name another folder for the quantised model, or remove it"
+                f"{self.out} exists and is not empty; name another folder for the quantised model, or remove it"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(file, json.dumps(identity, indent=1, sort_keys=True))
 
     def layers_done(self) -> int:
         """How many layers, from the first on, are finished."""
@@ -59,10 +74,17 @@ class PartialResult:
         return count
 
     def save_layer(self, index: int, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
-        """Finish a layer: its tensors by their names in the checkpoint, and JSON about it."""
-        file = self._layer(index)
-        save_file(tensors, file.with_suffix(".tmp"), {"figures": json.dumps(figures)})
-        os.replace(file.with_suffix(".tmp"), file)
+        """Finish a layer: its tensors by their names in the checkpoint, and JSON about it.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        file, behind = self._layer(index), self.hidden_states(index + 1)
+        with writing(file, sum(tensor.nbytes for tensor in tensors.values())):
+            if behind.is_file():
+                sync(behind)
+            save_file(tensors, temporary_name(file), {"figures": json.dumps(figures)})
+            publish(file)
         self.hidden_states(index).unlink(missing_ok=True)
 
     def figures(self, index: int) -> dict[str, Any]:
@@ -78,12 +100,32 @@ class PartialResult:
         """The file of the hidden states that layer `index` starts from."""
         return self.folder / f"hidden-{index:05}.bin"
 
+    def announce_output(self, names: Sequence[str]) -> None:
+        """Say which files of `out` will be written, so that a restart knows them from others."""
+        write_text(self._written, json.dumps(sorted(names)))
+
+    def _remove_output(self) -> None:
+        """Remove the files of `out` that were announced, first the one that makes them a model."""
+        names = json.loads(self._written.read_text()) if self._written.is_file() else []
+        for name in sorted(names, key=lambda name: name != "config.json"):
+            for file in (self.out / name, temporary_name(self.out / name)):
+                file.unlink(missing_ok=True)
+
     def remove(self) -> None:
-        """The result is complete."""
-        shutil.rmtree(self.folder)
+        """Nothing of this is needed any more."""
+        self.folder.rename(self.out / DISCARDED)
+        shutil.rmtree(self.out / DISCARDED)
 
     def _layer(self, index: int) -> Path:
         return self.folder / f"layer-{index:05}.safetensors"
+
+    @property
+    def _options(self) -> Path:
+        return self.folder / "options.json"
+
+    @property
+    def _written(self) -> Path:
+        return self.folder / "written.json"
 
 
 def _check_same(out: Path, begun: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -94,9 +136,3 @@ def _check_same(out: Path, begun: dict[str, Any], identity: dict[str, Any]) -> N
             f"{out} holds a quantisation that was begun otherwise ({changes}); repeat the command that began it, use "
             f"--restart to begin anew, or name another folder"
         )
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)

@@ -4,8 +4,9 @@
                                                               │ round the weights
     hidden states before layer i ──▶ layer i, rounded ──▶ hidden states before layer i + 1
 
-In memory are one layer in float32, the products of its inputs, and a batch; hidden states and finished layers lie on
-disk (`partial.py`).
+In memory are at most one layer in float32, the products of its inputs (a square for each weight), a batch, and for the
+weight in work either three more copies of it or, while gptq solves, one copy and two more squares. Hidden states and
+finished layers lie on disk (`partial.py`).
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from ...actors.collectives import SingleShard
 from ...actors.decoder import Decoder
 from ...actors.kv_cache import KVCache
 from ...actors.weights import LayerWeights, Weights
-from ...cluster.checkpoint_config import read_json
 from ...cluster.checkpoint_files import weight_files
 from ...cluster.errors import CheckpointError, ConfigError
 from ...cluster.model_spec import load_spec
+from ...cluster.topology import ShardLayout, kv_bytes_per_block, weight_bytes
 from .assembly import assemble
 from .awq import InputScaling, round_with_searched_scales
+from .changed_vectors import changed_vectors, vectors
 from .checkpoint_writer import entries_of
 from .compressed_tensors import module_tensors
 from .gptq import round_with_compensation
-from .hidden_states import BLOCK_SIZE, Batches, open_hidden_states
+from .hidden_states import BLOCK_SIZE, Batches, create_hidden_states, open_hidden_states
 from .one_layer import CPU, OneLayer, Target, load_layer, slices_to_quantise, targets, weight_names
 from .options import Method, QuantiseOptions
 from .partial import PartialResult
@@ -72,12 +74,12 @@ class Quantiser:
             CheckpointError: the model cannot be read.
         """
         options.check()
-        if read_json(source, "config.json", required=True).get("quantization_config"):
+        self._spec = load_spec(source)
+        if self._spec.quantisation is not None:
             raise ConfigError(f"{source} is quantised already; give the unquantised model that it was made from")
         if options.method is not Method.RTN and sequences is None:
             raise ConfigError(f"--method {options.method} needs texts to calibrate with; give --calibration FILE")
-        self._source, self._out, self._options, self._report = source, out, options, report
-        self._spec = load_spec(source)
+        self._source, self._options, self._report = source, options, report
         if options.head_bits is not None and self._spec.tie_word_embeddings:
             raise ConfigError("--head-bits needs an output projection of its own; this model's is its embedding")
         self._names = weight_names(source, self._spec)
@@ -115,7 +117,7 @@ class Quantiser:
 
     def _identity(self) -> dict[str, Any]:
         """All that decides about the result, for `PartialResult`."""
-        files = [(path.name, path.stat()) for path in weight_files(self._source)]
+        files = [(path.name, path.stat()) for path in (self._source / "config.json", *weight_files(self._source))]
         fields = dataclasses.asdict(self._options)
         fields["calibration"] = str(self._options.calibration) if self._options.calibration else None
         return {
@@ -126,17 +128,16 @@ class Quantiser:
             "troupe": __version__,
         }
 
-    def _hidden_states(self, index: int) -> Tensor:
-        """[tokens, hidden] before layer `index`; a file."""
+    def _hidden_states(self, index: int, place: Callable[[Path, int, int, torch.dtype], Tensor]) -> Tensor:
+        """[tokens, hidden] before layer `index`; a file that `place` creates or opens."""
         dtype = torch.float32 if self._dtype == torch.float16 else self._dtype  # a float32 model may exceed its range
-        file = self._partial.hidden_states(index)
-        return open_hidden_states(file, self._batches.tokens, self._spec.hidden_size, dtype)
+        return place(self._partial.hidden_states(index), self._batches.tokens, self._spec.hidden_size, dtype)
 
     def _embed(self, sequences: Sequence[list[int]]) -> None:
         (piece,) = self._names.embedding()
         (entry,) = [entry for entry in entries_of(weight_files(self._source)) if entry.name == piece.name]
         scale = torch.tensor(self._spec.embedding_scale, dtype=self._dtype)
-        hidden = self._hidden_states(0)
+        hidden = self._hidden_states(0, create_hidden_states)
         with safe_open(entry.file, framework="pt") as file:
             table = file.get_tensor(entry.name)
             start = 0
@@ -149,7 +150,7 @@ class Quantiser:
         layer = load_layer(self._source, self._spec, index)
         found = targets(layer, self._names, self._spec, index)
         kernels = CalibrationKernels([target.weight for target in found])
-        before = _vectors(layer)
+        before = vectors(layer)
         decoder = None
         if self._sequences is not None:
             decoder = self._decoder(index, layer, kernels)
@@ -163,14 +164,13 @@ class Quantiser:
         figures = []
         for number, target in enumerate(found):
             self._tell(index, 0.45 + 0.1 * number / len(found))
-            statistics = kernels.statistics.pop(target.weight.data_ptr())
-            rounded, figure = self._round(target, statistics)
+            rounded, figure = self._round(target, kernels.statistics.pop(target.weight.data_ptr()))
             figures.append(figure)
             target.weight.copy_(rounded.dequantise())
             tensors |= self._tensors(target, rounded)
-        tensors |= self._changed_vectors(index, layer, before)
+        tensors |= changed_vectors(layer, before, self._names, self._spec, index)
         if decoder is not None and index + 1 < self._spec.num_layers:
-            self._pass(index, decoder, self._hidden_states(index + 1))
+            self._pass(index, decoder, self._hidden_states(index + 1, create_hidden_states))
         record = {"seconds": time.perf_counter() - begin, "weights": [dataclasses.asdict(figure) for figure in figures]}
         self._partial.save_layer(index, tensors, record)
 
@@ -189,7 +189,7 @@ class Quantiser:
 
     def _pass(self, index: int, decoder: Decoder, into: Tensor | None) -> None:
         """All sequences through the layer, and what comes out `into` [tokens, hidden]."""
-        source = self._hidden_states(index)
+        source = self._hidden_states(index, open_hidden_states)
         layout = OneLayer(layer=index)
         cache = KVCache(self._spec, layout, self._batches.num_blocks, BLOCK_SIZE, torch.float32, CPU)
         for number, (rows, metadata) in enumerate(self._batches):
@@ -226,24 +226,6 @@ class Quantiser:
             tensors |= module_tensors(module, rounded.rows(start, stop), packed=packed)
         return tensors
 
-    def _changed_vectors(self, index: int, layer: LayerWeights, before: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Norms and biases that differ from `before`, by their names in the checkpoint."""
-        names, naming, spec = self._names, self._spec.naming, self._spec
-        slices = {
-            "input_norm": names.norm(index, naming.input_norm),
-            "mlp_input_norm": names.norm(index, naming.mlp_input_norm),
-            "qkv_bias": names.qkv(index, "bias"),
-            "gate_up_bias": names.gate_up(index, "bias"),
-        }
-        tensors: dict[str, list[Tensor]] = {}
-        for name, vector in _vectors(layer).items():
-            if torch.equal(vector, before[name]):
-                continue
-            stored = vector - spec.norm_offset if name.endswith("norm") else vector
-            for piece, part in zip(slices[name], stored.split([p.num_rows for p in slices[name]]), strict=True):
-                tensors.setdefault(piece.name, []).append(part.to(self._dtype))
-        return {name: torch.cat(parts) for name, parts in tensors.items()}
-
     def _quantise_head(self) -> None:
         """Round the output projection to nearest, as a layer behind the others."""
         assert self._options.head_bits is not None
@@ -263,10 +245,10 @@ class Quantiser:
         """Write everything to its place."""
         begin = time.perf_counter()
         records = [self._partial.figures(index) for index in range(self._partial.layers_done())]
-        sizes = assemble(
-            self._source, self._out, self._options, self._names, list(self._inputs()), self._partial.layer_files()
-        )
+        sizes = assemble(self._source, self._partial, self._options, self._names, list(self._inputs()))
         self._partial.remove()
+        number, whole = self._dtype.itemsize, ShardLayout()
+        saved = weight_bytes(self._spec, whole, number) - weight_bytes(load_spec(self._partial.out), whole, number)
         return Summary(
             options=self._options,
             weights=[WeightFigures(**weight) for record in records for weight in record["weights"]],
@@ -275,18 +257,8 @@ class Quantiser:
             layers=sizes.layers,
             model=sizes.model,
             calibrated_tokens=self._batches.tokens,
+            kv_blocks=max(0, saved) // kv_bytes_per_block(self._spec, whole, BLOCK_SIZE, number),
         )
-
-
-def _vectors(layer: LayerWeights) -> dict[str, Tensor]:
-    """Copies of the norms and biases that scaling may change."""
-    found = {
-        "input_norm": layer.input_norm,
-        "mlp_input_norm": layer.mlp_input_norm,
-        "qkv_bias": layer.qkv_bias,
-        "gate_up_bias": getattr(layer.mlp, "gate_up_bias", None),
-    }
-    return {name: vector.clone() for name, vector in found.items() if vector is not None}
 
 
 def _relative_difference(weight: Tensor, replacement: Tensor) -> float:

@@ -36,10 +36,9 @@ def search_scales(weight: Tensor, products: Tensor, grid: Grid) -> tuple[Tensor,
 
 
 def _diagonal_blocks(products: Tensor, size: int) -> Tensor:
-    """[in, in] → [groups, size, size]: products of inputs of the same group."""
+    """[in, in] → [groups, size, size], a view: products of inputs of the same group."""
     count = len(products) // size
-    blocks = products.view(count, size, count, size)
-    return torch.stack([blocks[group, :, group] for group in range(count)])
+    return products.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _errors(groups: Tensor, scales: Tensor, zeros: Tensor, blocks: Tensor, grid: Grid) -> Tensor:

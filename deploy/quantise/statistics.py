@@ -37,7 +37,7 @@ class InputStatistics:
 
     def divide_inputs(self, scales: Tensor) -> None:
         """As if every x had been x / scales [in]."""
-        self.products /= scales[:, None] * scales
+        self.products.div_(scales[:, None]).div_(scales)
         self.magnitudes /= scales
 
     def relative_error(self, weight: Tensor, replacement: Tensor) -> float:
@@ -47,7 +47,8 @@ class InputStatistics:
 
     def squared_output(self, weight: Tensor) -> float:
         """The sum over all rows of |W x|², for a weight [out, in] float32."""
-        return max(torch.sum((weight @ self.products) * weight, dtype=torch.float64).item(), 1e-30)
+        of_rows = (weight @ self.products).mul_(weight).sum(1)
+        return max(of_rows.sum(dtype=torch.float64).item(), 1e-30)
 
 
 class ObservedLinear(PlainLinear):

@@ -7,6 +7,7 @@ import dataclasses
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from .hidden_states import BLOCK_SIZE
 from .options import CHANNEL, QuantiseOptions
 
 
@@ -48,6 +49,9 @@ class Summary:
     """All tensors."""
     calibrated_tokens: int
     """0: nothing was calibrated."""
+    kv_blocks: int
+    """Of `BLOCK_SIZE` tokens in the model's dtype: so many fit what the smaller weights leave of the memory that they
+    are served from. There 3 bits take 4."""
 
     @property
     def ratio(self) -> float:
@@ -66,6 +70,7 @@ class Summary:
         table.add_row("calibration", f"{self.calibrated_tokens:,} tokens" if self.calibrated_tokens else "none")
         table.add_row("layers' weights", f"{self.layers}, ratio {self.ratio:.3f}")
         table.add_row("whole model", str(self.model))
+        table.add_row("room for KV", f"{self.kv_blocks:,} more blocks, {self.kv_blocks * BLOCK_SIZE:,} tokens")
         table.add_row("time", f"{self.seconds:.1f} s")
         table.add_row("peak memory", _megabytes(self.peak_memory))
         return table

@@ -75,7 +75,7 @@ def test_compiled_kernels_in_other_families(family, tmp_path):
 
 
 def test_two_by_two_shards_in_compiled_kernels(tmp_path):
-    """Groups are whole on every shard. Sums over shards differ in their last bits, which may round an input otherwise."""
+    """Groups are whole on every shard. Sums over shards differ in their last bits, so an input may round otherwise."""
     quantised, _ = quantise(
         "llama", tmp_path, compressed("pack-quantized", num_bits=4, group_size=16, strategy="group")
     )

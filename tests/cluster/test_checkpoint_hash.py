@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from raytroupe.cluster.checkpoint_hash import hash_checkpoint
+from raytroupe.cluster.checkpoint_hash import SETTINGS_FILES, hash_checkpoint
 from raytroupe.cluster.errors import CheckpointError
 
 
@@ -29,13 +30,21 @@ def test_a_changed_byte_changes_the_hash(folder: Path) -> None:
     assert hash_checkpoint(folder).sha256 != before.sha256
 
 
-@pytest.mark.parametrize("change", ["rename", "config", "swap"])
-def test_names_and_config_count(folder: Path, change: str) -> None:
+@pytest.mark.parametrize("name", SETTINGS_FILES)
+def test_settings_count(folder: Path, name: str) -> None:
+    before = hash_checkpoint(folder).sha256
+    index = '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
+    (folder / name).write_text(index)
+    with_it = hash_checkpoint(folder).sha256
+    (folder / name).write_text(index + " ")
+    assert len({before, with_it, hash_checkpoint(folder).sha256}) == 3
+
+
+@pytest.mark.parametrize("change", ["rename", "swap"])
+def test_names_count(folder: Path, change: str) -> None:
     before = hash_checkpoint(folder).sha256
     if change == "rename":
         (folder / "b.safetensors").rename(folder / "c.safetensors")
-    elif change == "config":
-        (folder / "config.json").write_text("{} ")
     else:
         (folder / "a.safetensors").rename(folder / "x")
         (folder / "b.safetensors").rename(folder / "a.safetensors")
@@ -52,12 +61,39 @@ def test_time_place_and_other_files_do_not_count(folder: Path) -> None:
 
 
 def test_what_is_known_is_not_read_again_until_it_changes(folder: Path) -> None:
-    known = hash_checkpoint(folder)
-    status = (folder / "b.safetensors").stat()
-    (folder / "b.safetensors").write_bytes(b"else")
-    os.utime(folder / "b.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert hash_checkpoint(folder, known.files) == known, "same size and time"
+    read = hash_checkpoint(folder)
+    known = [msgspec.structs.replace(file, sha256=f"known {file.name}") for file in read.files]
+    assert hash_checkpoint(folder, known).files == known
     os.utime(folder / "b.safetensors", ns=(1, 1))
+    assert [file.sha256 for file in hash_checkpoint(folder, known).files] == [
+        "known a.safetensors",
+        read.files[1].sha256,
+        "known config.json",
+    ]
+
+
+@pytest.mark.parametrize("field", ["name", "size", "mtime_ns", "ctime_ns", "inode"])
+def test_all_that_identifies_a_file_is_compared(folder: Path, field: str) -> None:
+    read = hash_checkpoint(folder)
+    status = (folder / "a.safetensors").stat()
+    file = read.files[0]
+    assert (file.name, file.size, file.inode) == ("a.safetensors", status.st_size, status.st_ino)
+    assert (file.mtime_ns, file.ctime_ns) == (status.st_mtime_ns, status.st_ctime_ns)
+    other = "other" if field == "name" else 1
+    known = [msgspec.structs.replace(file, sha256="known", **{field: other}) for file in read.files]
+    assert hash_checkpoint(folder, known) == read
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_a_change_is_seen_though_size_and_time_are_set_back(folder: Path, how: str) -> None:
+    known = hash_checkpoint(folder)
+    file = folder / "b.safetensors"
+    status = file.stat()
+    written = file if how == "in place" else folder / "other"
+    written.write_bytes(b"else")
+    os.utime(written, ns=(status.st_atime_ns, status.st_mtime_ns))
+    written.replace(file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     assert hash_checkpoint(folder, known.files).sha256 != known.sha256
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from raytroupe.actors.placement import Capacity
@@ -25,6 +26,7 @@ from raytroupe.cluster.evaluation_report import (
     read_report,
     write_report,
 )
+from raytroupe.cluster.model_spec import load_spec
 from raytroupe.deploy import cli
 from raytroupe.deploy.evaluation.command import store
 from raytroupe.deploy.model_folder import DEMO_MODELS
@@ -54,17 +56,25 @@ def quantised(tmp_path: Path) -> Path:
     return folder
 
 
-def evaluation(folder: Path, verdict: Verdict, kv_cache_dtype: str = "auto") -> Evaluation:
-    figures = ModelFigures(
+def figures(folder: Path, kv_cache_dtype: str = "auto") -> ModelFigures:
+    quantisation = load_spec(folder).quantisation
+    return ModelFigures(
         model=folder.name,
         content=hash_checkpoint(folder),
-        quantisation="int4 g64",
+        quantisation=quantisation.label if quantisation is not None else None,
         kv_cache_dtype=kv_cache_dtype,
+        device="cpu",
+        dtype="bfloat16",
         weight_bytes=1,
         tokens_per_second={},
         json_items=0,
         json_valid=0,
+        cut_replies=0,
     )
+
+
+def evaluation(folder: Path, verdict: Verdict, kv_cache_dtype: str = "auto") -> Evaluation:
+    """Of a variant of the smaller embedded model, against that."""
     text = TextFigures(
         sequences=100,
         tokens=1000,
@@ -99,8 +109,8 @@ def evaluation(folder: Path, verdict: Verdict, kv_cache_dtype: str = "auto") -> 
         verdict=verdict,
         reasons=reasons,
         limits=Limits(),
-        variant=figures,
-        base=figures,
+        variant=figures(folder, kv_cache_dtype),
+        base=figures(Path(DEMO_MODELS[1])),
         tasks={},
         total=total,
         text=text,
@@ -143,6 +153,73 @@ def test_weights_that_changed_since_are_refused(quantised: Path) -> None:
     (quantised / "model.safetensors").write_bytes(weights)
     with pytest.raises(ConfigError, match="its files have changed since it was evaluated"):
         resolve(quantised)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
+)
+def test_settings_that_changed_since_are_refused(quantised: Path, name: str) -> None:
+    store(quantised / REPORT_FILE, evaluation(quantised, Verdict.PASS))
+    content = (quantised / name).read_text() if (quantised / name).exists() else "{}"
+    (quantised / name).write_text(content + "\n")
+    with pytest.raises(ConfigError, match=rf"changed since it was evaluated \({name}\); run `troupe eval"):
+        resolve(quantised)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"]
+)
+def test_settings_that_were_added_since_are_refused(quantised: Path, name: str) -> None:
+    store(quantised / REPORT_FILE, evaluation(quantised, Verdict.PASS))
+    (quantised / name).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"changed since it was evaluated \({name}\)"):
+        resolve(quantised)
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_quantisation_files_count(tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(DEMO_MODELS[1], tmp_path / "small-int4"))
+    (folder / name).write_text('{"bits": 4, "group_size": 64}')
+    store(folder / REPORT_FILE, evaluation(folder, Verdict.PASS))
+    resolve(folder)
+    (folder / name).write_text('{"bits": 4, "group_size": 128}')
+    with pytest.raises(ConfigError, match=rf"changed since it was evaluated \({name}\)"):
+        resolve(folder)
+
+
+def test_base_that_is_a_variant_itself_is_refused(quantised: Path) -> None:
+    against_itself = msgspec.structs.replace(evaluation(quantised, Verdict.PASS), base=figures(quantised))
+    store(quantised / REPORT_FILE, against_itself)
+    with pytest.raises(ConfigError, match="it was only compared with small-int4, itself a variant; run `troupe eval"):
+        resolve(quantised)
+
+
+def test_evaluation_on_another_device_is_refused(quantised: Path) -> None:
+    store(quantised / REPORT_FILE, evaluation(quantised, Verdict.PASS))
+    gpu = Capacity(cpus=2, gpus=1)
+    with pytest.raises(ConfigError, match=r"evaluated on cpu and is to be served on cuda; run `.* --device cuda`"):
+        resolve_models([ModelConfig(model=str(quantised))], gpu)
+    resolve_models([ModelConfig(model=str(quantised), device="cpu")], gpu)
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        (Limits(max_loss=50), r"--max-loss 50 \(default 1\)"),
+        (Limits(max_margin=8, max_perplexity_increase=4), r"--max-margin 8 .*, --max-perplexity-increase 4 "),
+    ],
+)
+def test_pass_by_laxer_limits_is_refused(quantised: Path, limits: Limits, named: str) -> None:
+    lax = msgspec.structs.replace(evaluation(quantised, Verdict.PASS), limits=limits)
+    store(quantised / REPORT_FILE, lax)
+    with pytest.raises(ConfigError, match=f"laxer than the defaults: {named}"):
+        resolve(quantised)
+
+
+def test_pass_by_stricter_limits_is_one(quantised: Path) -> None:
+    strict = Limits(max_loss=0.5, max_margin=2, max_perplexity_increase=1)
+    store(quantised / REPORT_FILE, msgspec.structs.replace(evaluation(quantised, Verdict.PASS), limits=strict))
+    resolve(quantised)
 
 
 def test_copy_of_an_evaluated_variant_is_served(quantised: Path) -> None:
@@ -192,7 +269,7 @@ def test_report_of_another_format_or_place(tmp_path: Path) -> None:
     write_report(tmp_path / "next.json", EvaluationReport(format=2))
     with pytest.raises(CheckpointError, match="has format 2, and 1 is known"):
         read_report(tmp_path / "next.json")
-    with pytest.raises(CheckpointError, match="name a --report"):
+    with pytest.raises(CheckpointError, match="name a file in a folder that can be written"):
         write_report(tmp_path / "none" / "report.json", EvaluationReport())
 
 

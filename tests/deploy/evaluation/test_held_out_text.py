@@ -75,6 +75,12 @@ def test_files_of_both_kinds(tmp_path: Path) -> None:
     assert load_text(lines) == [Sample(f"{lines}:1", text="one"), Sample(f"{lines}:3", messages=CHAT)]
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n")
+    assert [sample.text for sample in load_text(tmp_path / "a.jsonl")] == [text]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -82,6 +88,7 @@ def test_files_of_both_kinds(tmp_path: Path) -> None:
         ("a.jsonl", "{}\n", r"a\.jsonl:1: one of text and messages"),
         ("a.jsonl", "nothing\n", r"a\.jsonl:1: not a line of held-out text"),
         ("a.jsonl", json.dumps({"messages": CHAT[:2]}), r"a\.jsonl:1: the last of several messages"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text":"a"}', r"a\.jsonl:3: the same text as .*a\.jsonl:1"),
     ],
 )
 def test_unusable_text_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -53,6 +53,35 @@ def test_figures_of_a_task() -> None:
     assert figures.items_needed == 0
 
 
+@pytest.mark.parametrize(
+    ("base_right", "limits", "verdict"),
+    [
+        (0, LIMITS, Verdict.BEYOND),
+        (24, LIMITS, Verdict.BEYOND),  # 6 %: a variant that answers none has lost no more than may be lost
+        (33, LIMITS, Verdict.BEYOND),  # 8.3 %, but with 95 % confidence only 5.9 % at least
+        (36, LIMITS, Verdict.PASS),
+        (36, Limits(max_margin=8), Verdict.BEYOND),
+    ],
+)
+def test_a_task_that_the_base_hardly_can_decides_nothing(base_right: int, limits: Limits, verdict: Verdict) -> None:
+    answers = [True] * base_right + [False] * (400 - base_right)
+    figures = judge_task(answers, answers, limits, criteria=17)
+    assert figures.verdict is verdict
+    assert figures.items_needed == 0
+    if verdict is Verdict.BEYOND:
+        passed, total = judge_text(text(0, 0), limits, 17), task(0, 0, 400)
+        of_others, reasons = overall({"sums": figures, "words": task(0, 0, 400)}, total, passed, limits)
+        assert (of_others, reasons) == (Verdict.PASS, [])
+        alone, reasons = overall({"sums": figures}, total, passed, limits)
+        assert alone is Verdict.UNDECIDED
+        assert reasons[0].startswith("1 of 1 tasks tell nothing (sums): the base itself answers at most")
+
+
+def test_what_is_certainly_lost_fails_however_little_the_base_can() -> None:
+    base = [True] * 24 + [False] * 376
+    assert judge_task(base, [False] * 400, LIMITS, criteria=17).verdict is Verdict.FAIL
+
+
 def test_items_needed_are_just_enough() -> None:
     needed = task(0, 0, 20).items_needed
     assert task(0, 0, 20 + needed).verdict is Verdict.PASS

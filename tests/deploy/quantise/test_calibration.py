@@ -59,6 +59,23 @@ def test_texts_and_chats_are_read(tmp_path: Path) -> None:
     assert text_of(encoded[:16]) in found
 
 
+def test_a_chat_may_have_an_empty_text_beside_it(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Name a planet."}, {"role": "assistant", "content": "Mars."}]
+    file = write_lines(tmp_path / "lines.jsonl", {"text": None, "messages": chat})
+    (found,) = sequences(file) or ()
+    assert text_of(found) == "<|bos|><|user|>Name a planet.<|end|><|assistant|>Mars.<|end|>"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
+def test_only_line_feeds_end_a_line(separator: str, tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    text = f"the red{separator}planet"
+    written = json.dumps({"text": text}, ensure_ascii=False)
+    file.write_text(f"{written}\r\n{written}\n", encoding="utf-8")
+    expected = asyncio.run(Tokenizer.load(DEMO).encode(text, add_special_tokens=True))
+    assert sequences(file) == [expected] * 2
+
+
 def test_other_models_have_no_texts_of_their_own(tmp_path: Path) -> None:
     shutil.copytree(DEMO, tmp_path / "mine")
     assert sequences(None, tmp_path / "mine") is None
@@ -69,6 +86,7 @@ def test_other_models_have_no_texts_of_their_own(tmp_path: Path) -> None:
     [
         ('{"text": "a b c d"}\n{"txt": "a"}', r"lines\.jsonl:2: an object with text"),
         ("no json", r"lines\.jsonl:1: not JSON"),
+        ("[" * 100_000, r"lines\.jsonl:1: not JSON"),
         ('{"messages": []}', r"lines\.jsonl:1"),
         ('{"messages": [5]}', r"lines\.jsonl:1: the chat template"),
         ("", "no line"),

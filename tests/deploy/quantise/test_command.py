@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from raytroupe.cluster.errors import ConfigError
 from raytroupe.cluster.model_spec import load_spec
+from raytroupe.cluster.topology import ShardLayout, quantised_layer_bytes
 from raytroupe.deploy.cli import cli
 from raytroupe.deploy.model_folder import DEMO_MODELS
 
@@ -24,7 +25,17 @@ def test_embedded_model_is_quantised(tmp_path: Path) -> None:
     assert quantisation is not None
     assert quantisation.label == "int4 g64"
     ratio = float(result.output.partition("ratio ")[2].split()[0])
+    spec = load_spec(Path(DEMO_MODELS[1]))
+    saved = quantised_layer_bytes(load_spec(out), ShardLayout())
+    blocks = (saved[1] - saved[0]) // (spec.num_layers * 16 * 2 * spec.num_kv_heads * spec.head_dim * 2)
+    assert f"{blocks:,} more blocks, {16 * blocks:,} tokens" in result.output
     assert ratio == pytest.approx((4 + 16 / 64) / 16, abs=0.002), "a scale of 16 bits per group; shapes are noise"
+
+
+def test_the_help_says_what_others_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    output = " ".join(CliRunner().invoke(cli, ["quantize", "--help"]).output.split())
+    assert "transformers 5.23 neither --asymmetric nor mixtures of experts" in output
 
 
 def test_unknown_values_are_refused_before_anything_is_read(tmp_path: Path) -> None:

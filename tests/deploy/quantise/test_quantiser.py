@@ -12,9 +12,10 @@ from dense_copy import dense_tensors, load_tensors, random_tokens, write_dense_c
 from paged_batch import DecoderDriver, random_sequences
 from tiny_models import load_reference, make_tiny_model
 
-from raytroupe.cluster.errors import CheckpointError, ConfigError
-from raytroupe.cluster.model_spec import load_spec
-from raytroupe.deploy.quantise.checkpoint_writer import merge, write_weights
+from raytroupe.cluster.errors import ConfigError
+from raytroupe.cluster.evaluation_report import REPORT_FILE
+from raytroupe.deploy.quantise.checkpoint_writer import divide, merge, write_weights
+from raytroupe.deploy.quantise.compressed_tensors import quantization_config
 from raytroupe.deploy.quantise.options import CHANNEL, Method, QuantiseOptions
 from raytroupe.deploy.quantise.quantiser import Quantiser
 from raytroupe.deploy.quantise.summary import Summary
@@ -126,68 +127,16 @@ def test_what_is_not_quantised_is_copied(tmp_path: Path) -> None:
     source, out = make_tiny_model("llama", tmp_path / "source"), tmp_path / "out"
     (source / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / REPORT_FILE).write_text("{}")
     quantise(source, out, options("rtn"), None)
     before, after = load_tensors(source), dense_tensors(out)
     assert before.keys() == after.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if "norm" in name or "embed" in name or "lm_head" in name} == same
+    assert not (out / REPORT_FILE).exists(), "an evaluation is of one model"
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert not (out / ".partial").exists()
-
-
-class Killed(Exception):
-    """Stands for a signal."""
-
-
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
-def test_an_interrupted_run_ends_in_the_same_bytes(method: str, tmp_path: Path) -> None:
-    source = make_tiny_model("llama3", tmp_path / "source")
-    quantise(source, tmp_path / "whole", options(method))
-
-    def kill(what: str, done: float) -> None:
-        if what == stop_at and done > 0.3:
-            raise Killed
-
-    for stop_at in ("layer 1 of 4", "layer 3 of 4", "writing"):
-        with pytest.raises(Killed):
-            quantise(source, tmp_path / "parts", options(method), report=kill if stop_at != "layer 1 of 4" else stop)
-        with pytest.raises(CheckpointError, match=r"config\.json"):
-            load_spec(tmp_path / "parts")
-    seen: list[str] = []
-    quantise(source, tmp_path / "parts", options(method), report=lambda what, done: seen.append(what))
-    assert set(seen) == {"writing"}, "finished layers are not done again"
-    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == files
-    for name in files:
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-def stop(what: str, done: float) -> None:
-    raise Killed
-
-
-def test_an_unfinished_run_goes_on_only_as_it_began(tmp_path: Path) -> None:
-    source, out = make_tiny_model("llama", tmp_path / "source"), tmp_path / "out"
-    with pytest.raises(Killed):
-        quantise(source, out, options("gptq"), report=stop)
-    with pytest.raises(ConfigError, match=r"bits 4 → 8.*--restart"):
-        quantise(source, out, options("gptq", 8))
-    with pytest.raises(ConfigError, match="calibration_tokens"):
-        quantise(source, out, options("gptq"), SEQUENCES[1:])
-    quantise(source, out, options("gptq", 8), restart=True)
-    assert load_spec(out).num_layers == 4
-    with pytest.raises(ConfigError, match="not empty"):
-        quantise(source, out, options("gptq", 8))
-
-
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
-    source, out = make_tiny_model("llama", tmp_path / "source"), tmp_path / "out"
-    out.mkdir()
-    (out / "letter.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty"):
-        quantise(source, out, options("rtn"), None, restart=True)
-    assert [path.name for path in out.iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize(
@@ -219,10 +168,52 @@ def test_models_that_cannot_be_quantised_are_refused(tmp_path: Path) -> None:
         quantise(tmp_path / "out", tmp_path / "again", options("rtn"), None)
 
 
+@pytest.mark.parametrize("place", ["quantize_config.json", "quant_config.json", "compression_config", "text_config"])
+def test_quantised_sources_are_known_by_every_mark(place: str, tmp_path: Path) -> None:
+    source = make_tiny_model("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    packed = quantization_config(options(), [], ["lm_head"])
+    if place == "quantize_config.json":
+        (source / place).write_text('{"bits": 4, "group_size": 8}')
+    elif place == "quant_config.json":
+        (source / place).write_text('{"w_bit": 4, "q_group_size": 8, "zero_point": true}')
+    elif place == "text_config":
+        config["text_config"] = {"quantization_config": packed}
+    else:
+        config[place] = packed
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quantised already"):
+        quantise(source, tmp_path / "out", options())
+
+
+def test_other_parts_of_a_model_stay_as_they_are(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    text = {"hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "vocab_size": 131, "head_dim": 12}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**text, **heads, "max_position_embeddings": 512},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+    )
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(source)
+    quantise(source, out, options("rtn"), None)
+    loaded = transformers.Gemma3ForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
+    found = {name: value for name, value in loaded.state_dict().items() if "language_model" not in name}
+    expected = {name: value for name, value in model.state_dict().items() if "language_model" not in name}
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert "vision_tower" in " ".join(found)
+    assert any(name.endswith("q_proj.weight_packed") for name in loaded.state_dict())
+
+
 def test_large_models_are_written_to_several_files(tmp_path: Path) -> None:
     source = make_tiny_model("llama", tmp_path / "source")
     (tmp_path / "out").mkdir()
-    write_weights(tmp_path / "out", merge(source, set(), []), {}, max_bytes=40_000)
+    write_weights(tmp_path / "out", divide(merge(source, set(), []), 40_000), {})
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 40_000 + 4096 for file in files)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
@@ -96,6 +98,15 @@ def test_compensation_has_nothing_to_do_with_independent_inputs() -> None:
     products = torch.diag(torch.linspace(0.5, 2, 96))
     expected = of.round(weight, *search_scales(weight, products, of))
     assert torch.equal(round_with_compensation(weight, products, of).integers, expected.integers)
+
+
+def test_compensation_takes_two_squares_beside_the_products() -> None:
+    products = correlated_inputs(640).products
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        round_with_compensation(random_weight(4, 640), products, grid())
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    assert 1.9 < max(held) / products.nbytes < 2.2
 
 
 def test_inputs_that_were_never_seen_do_no_harm() -> None:
