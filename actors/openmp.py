@@ -26,6 +26,12 @@ def environment(plan: CpuPlan) -> dict[str, str]:
     return variables
 
 
+def bound_spinning() -> None:
+    """For a program that shares its cores with others and has not imported torch yet: with libgomp's own bound, many
+    small operations take twenty times as long on two cores of which one is busy."""
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
+
 def import_torch(plan: CpuPlan) -> None:
     """Import torch in a process that may hold other things than a shard: its environment stays as it was. OpenMP
     reads the variables once, so that nothing happens if torch is there already."""

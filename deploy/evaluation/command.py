@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ...actors.openmp import bound_spinning
 from ...cluster.errors import CheckpointError, ConfigError
 from ...cluster.evaluation_report import (
     REPORT_FILE,
@@ -99,6 +100,7 @@ def eval_command(
     if against is not None:
         check_writable(place)
 
+    bound_spinning()
     from .comparison import Settings, compare, measure_alone  # with torch, which the other commands do without
     from .tables import model_table, solo_table, task_table, text_table
 

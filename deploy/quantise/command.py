@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ...actors.openmp import bound_spinning
 from ...cluster.errors import ConfigError
 from ..model_folder import find_model_folder
 from .options import Method, QuantiseOptions
@@ -39,7 +40,7 @@ def quantize_command(
     ] = None,
     head_bits: Annotated[
         int | None,
-        typer.Option(help="8: round the output projection too, if it is not the embedding. Default: it stays."),
+        typer.Option(help="8 or 4: round the output projection too, if it is not the embedding. Default: it stays."),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -76,6 +77,7 @@ def quantize_command(
     )
     options.check()
 
+    bound_spinning()
     from .calibration import calibration_sequences  # torch and what comes with it: the other commands need none of it
     from .quantiser import Quantiser
 

@@ -35,7 +35,7 @@ class QuantiseOptions:
     activation_bits: int | None = None
     """8: the checkpoint asks for activations rounded to int8, a scale per token; None: they stay as they are."""
     head_bits: int | None = None
-    """8: the output projection is rounded to this; None: it stays as it is."""
+    """8 or 4: the output projection is rounded to this; None: it stays as it is."""
     calibration: Path | None = None
     """JSON lines with `text` or `messages`; None: none, or the embedded models' own."""
     samples: int = 512
@@ -62,8 +62,8 @@ class QuantiseOptions:
                 f"--activations int8 needs --bits 8 --group-size {CHANNEL} and symmetric weights; given: --bits "
                 f"{self.bits} --group-size {self.group_size}{'' if self.symmetric else ' --asymmetric'}"
             )
-        if self.head_bits not in (None, 8):
-            raise ConfigError(f"--head-bits {self.head_bits} is not supported; use 8, or leave it out")
+        if self.head_bits not in (None, 8, 4):
+            raise ConfigError(f"--head-bits {self.head_bits} is not supported; use 8 or 4, or leave it out")
         for flag, value in (("--samples", self.samples), ("--sequence-length", self.sequence_length)):
             if value < 2:
                 raise ConfigError(f"{flag} {value} is too small; at least 2 are needed")

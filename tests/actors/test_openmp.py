@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from raytroupe.actors.openmp import SPIN_COUNT, environment
+from raytroupe.actors.openmp import SPIN_COUNT, bound_spinning, environment
 from raytroupe.cluster.cpu_plan import CpuPlan
 
 
@@ -35,3 +36,14 @@ import_torch(CpuPlan(2, (), (0,), (0,), "", True))
 assert torch.get_num_threads() == 1, "too late"
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("given", "bound"), [(None, SPIN_COUNT), ("7", 7)])
+def test_a_program_bounds_its_spinning_unless_it_was_told_how(
+    given: str | None, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    bound_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == str(bound)

@@ -146,7 +146,7 @@ def test_what_is_not_quantised_is_copied(tmp_path: Path) -> None:
         (options(group_size=3), "--group-size 3"),
         (options(group_size=16), r"--group-size 16 does not divide the 40 inputs of model\.layers\.0\..* 8 or -1"),
         (options(bits=8, activation_bits=8), r"--activations int8 needs --bits 8 --group-size -1"),
-        (options(head_bits=4), "--head-bits 4"),
+        (options(head_bits=3), "--head-bits 3"),
         (options(samples=0), "--samples 0"),
     ],
 )
