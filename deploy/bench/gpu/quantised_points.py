@@ -33,8 +33,8 @@ EIGHT_BIT_ROWS = (1, 16, 64, 1024)
 REPEATS = 7
 FOUR_BITS: tuple[str, dict[str, Any]] = ("int4 g128", {})
 EIGHT_BITS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("int8, rounded activations", {"bits": 8, "group_size": 0, "activations": torch.int8}),
-    ("float8, rounded activations", {"bits": 8, "floats": True, "activations": torch.float8_e4m3fn}),
+    ("W8A8 int8", {"bits": 8, "group_size": 0, "activations": torch.int8}),
+    ("W8A8 float8", {"bits": 8, "floats": True, "activations": torch.float8_e4m3fn}),
 )
 
 
