@@ -27,6 +27,7 @@ from ..kernels.linear import PlainLinear
 from ..kernels.norm import scale_by_rms, sum_of_squares
 from .collectives import Collectives
 from .kv_cache import KVCache, LayerCache
+from .output_head import OutputHead
 from .rope import Rotary
 from .weights import LayerWeights, MLPWeights, MoEWeights, Weights
 
@@ -52,7 +53,6 @@ class Decoder:
         """
         self._spec, self._layout = spec, layout
         self._kernels, self._collectives = kernels, collectives
-        self._final_norm = weights.final_norm
         self._dtype = dtype
         self.argmax = kernels.argmax
         self._rotaries = [Rotary(rope, max_model_len, device) for rope in spec.ropes]
@@ -61,23 +61,27 @@ class Decoder:
             layer = spec.layers[index]
             self._layers.append(_Layer(spec, layer, layout, weights.layers.pop(0), kernels, collectives))
         self._embedding: Linear | None = None
-        self._head: Linear | None = None
+        head: Linear | None = None
         if weights.embedding is not None and weights.head is weights.embedding:
-            self._embedding = self._head = kernels.tied_linear(weights.embedding)
+            self._embedding = head = kernels.tied_linear(weights.embedding)
         else:
             if weights.embedding is not None:
                 self._embedding = PlainLinear(weights.embedding)
             if weights.head is not None:
-                self._head = kernels.linear(weights.head)
+                head = kernels.linear(weights.head)
         weights.embedding = weights.head = None
+        self._head: OutputHead | None = None
+        if head is not None:
+            assert weights.final_norm is not None
+            self._head = OutputHead(spec, weights.final_norm, head, kernels, collectives, sharded=layout.tp_size > 1)
         # As transformers does, the scale is rounded to the model's dtype: sqrt(3072) is 55.5 in bfloat16.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self._dtype).item()
         self._vocabulary = layout.vocab(spec)
         self._recorded: _RecordedLayers | None = None
 
-    def record(self, kv_cache: KVCache, max_tokens: int) -> None:
-        """Have the layers run as one program from now on, where the kernels can: for steps of at most `max_tokens`
-        tokens that use `kv_cache`."""
+    def record(self, kv_cache: KVCache, max_tokens: int, max_rows: int) -> None:
+        """Have the layers run as one program from now on, where the kernels can, and what follows them as another: for
+        steps of at most `max_tokens` tokens that use `kv_cache`, of which at most `max_rows` sample."""
         program = self._kernels.new_program(max_tokens)
         if program is None:
             return
@@ -95,6 +99,8 @@ class Decoder:
                     rotary.cos_sin(positions, self._kernels, rotation)
             self._run_layers(hidden, rotations, program.plan(), kv_cache)
         self._recorded = _RecordedLayers(program, kv_cache, hidden, rotations)
+        if self._head is not None:
+            self._head.record(hidden, max_rows)
 
     @torch.inference_mode()
     def forward(
@@ -147,8 +153,6 @@ class Decoder:
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """The logits of the given rows, or all.
 
-        The final norm is applied here, so that only rows that sample pay for it.
-
         Args:
             hidden: [T, hidden] from the last stage's `forward`.
             rows: [S] int64.
@@ -157,15 +161,17 @@ class Decoder:
             [S, vocab] float32, the same on every tensor-parallel rank; valid until the next call.
         """
         assert self._head is not None, "only the last stage has an output projection"
-        assert self._final_norm is not None
-        spec = self._spec
-        normalised = self._kernels.rms_norm(hidden, self._final_norm, spec.norm_eps, rows=rows)
-        logits = self._collectives.all_gather_last_dim(self._head.float32(normalised))[:, : spec.vocab_size]
-        if spec.logits_scale != 1.0:
-            logits = logits * spec.logits_scale
-        if spec.logits_softcap is not None:
-            logits = (logits / spec.logits_softcap).tanh_().mul_(spec.logits_softcap)
-        return logits
+        return self._head.logits(hidden, rows)
+
+    @torch.inference_mode()
+    def likeliest(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The most likely token after each of the given rows: [S] int64, `argmax` of their logits.
+
+        Args:
+            hidden, rows: as for `logits`.
+        """
+        assert self._head is not None, "only the last stage has an output projection"
+        return self._head.likeliest(hidden, rows)
 
     def _embed(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
         """[T] int64 → [T, hidden]."""

@@ -7,13 +7,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from ..cluster.config import load_config
+from ..cluster.config import ModelConfig, load_config
 from ..cluster.cpu_affinity import plan_this_node
 from ..cluster.errors import ConfigError
 from ..cluster.kv_memory import KVMemory, plan_kv_memory
@@ -27,6 +28,9 @@ from .engine_loop import EngineLoop
 from .executor import Executor, LocalExecutor
 from .openmp import import_torch
 from .shard_config import ShardConfig
+
+if TYPE_CHECKING:
+    from .shard import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +59,25 @@ class LocalEngine:
     """
 
     def __init__(self, model: str | Path, *, num_blocks: int | None = None, **fields: Any) -> None:
-        began = time.perf_counter()
         config = load_config({"models": [{"model": str(model), **fields}]}).models[0]
         if config.shards_per_replica * config.replicas > 1:
             raise ConfigError(
                 f"tensor_parallel_size × pipeline_parallel_size × replicas = "
                 f"{config.shards_per_replica * config.replicas}: the local engine has one shard; serve on Ray for more"
             )
-        spec = load_spec(Path(model))
+        self.memory: KVMemory | None = None
+        # OpenMP keeps a team for every thread that has computed, and when teams have more threads than there are cores,
+        # none of them waits awake any more, which costs a decode step a tenth. This thread's ends with it.
+        with ThreadPoolExecutor(1, "load") as loading:
+            self.shard, self.scheduler = loading.submit(self._start, Path(model), config, num_blocks).result()
+        self.observe: Callable[[StepResult], None] | None = None
+        """Called with the result of every step, after the scheduler has taken it in."""
+        self._executor = LocalExecutor(self.shard.launch)
+        self._requests = 0
+
+    def _start(self, model: Path, config: ModelConfig, num_blocks: int | None) -> tuple[Shard, Scheduler]:
+        began = time.perf_counter()
+        spec = load_spec(model)
         max_model_len = config.max_model_len or spec.max_position_embeddings
         layout = ShardLayout()
         plan = plan_this_node(shards=1, num_threads=config.num_threads, alone=True)
@@ -72,9 +87,9 @@ class LocalEngine:
             import_torch(plan)
             from .shard import Shard  # with torch, which reads what OpenMP is told but once
 
-        self.shard = Shard(
+        shard = Shard(
             ShardConfig(
-                folder=Path(model),
+                folder=model,
                 layout=layout,
                 dtype=config.dtype,
                 device=config.device,
@@ -88,14 +103,13 @@ class LocalEngine:
             ),
             clock,
         )
-        self.shard.connect()
-        self.shard.load()
-        self.memory: KVMemory | None = None
+        shard.connect()
+        shard.load()
         if num_blocks is None:
             self.memory = plan_kv_memory(
-                [self.shard.memory()],
+                [shard.memory()],
                 bytes_per_block=kv_bytes_per_block(
-                    spec, layout, config.block_size, self.shard.dtype.itemsize, config.kv_cache_dtype
+                    spec, layout, config.block_size, shard.dtype.itemsize, config.kv_cache_dtype
                 ),
                 block_size=config.block_size,
                 max_model_len=max_model_len,
@@ -106,9 +120,9 @@ class LocalEngine:
             )
             num_blocks = self.memory.num_blocks
             logger.info("%s: %s", config.name, self.memory.reasoning)
-        self.shard.allocate(num_blocks)
+        shard.allocate(num_blocks)
         logger.info("%s: %s", config.name, describe_startup(clock.seconds, time.perf_counter() - began))
-        self.scheduler = Scheduler(
+        scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=num_blocks,
                 block_size=config.block_size,
@@ -119,10 +133,7 @@ class LocalEngine:
                 prefix_caching=config.enable_prefix_caching,
             )
         )
-        self.observe: Callable[[StepResult], None] | None = None
-        """Called with the result of every step, after the scheduler has taken it in."""
-        self._executor = LocalExecutor(self.shard.launch)
-        self._requests = 0
+        return shard, scheduler
 
     def generate(
         self, prompts: Iterable[list[int]], sampling: SamplingParams | Iterable[SamplingParams]

@@ -60,7 +60,7 @@ class ModelRunner:
             block_size=block_size,
             vocab_size=spec.vocab_size,
         )
-        decoder.record(kv_cache, max_num_batched_tokens)
+        decoder.record(kv_cache, max_num_batched_tokens, max_num_seqs)
         self._table = SlotTable(max_num_seqs, max_model_len, block_size, spec.vocab_size)
         self._inputs = StepInputs(
             self._table, block_size=block_size, max_num_batched_tokens=max_num_batched_tokens, device=device
@@ -117,8 +117,10 @@ class ModelRunner:
         """One token for every row that samples; every tensor-parallel rank draws the same from the same logits."""
         if not rows.slots.size:
             return SampledTokens([], None)
-        logits = self._decoder.logits(hidden, rows.last_tokens)
         batch = self._table.sampling.batch(rows.slots, rows.lengths, self._table.tokens)
-        sampled = sample(logits, batch, self._decoder.argmax)
+        if batch is None:
+            sampled = SampledTokens(self._decoder.likeliest(hidden, rows.last_tokens).tolist(), None)
+        else:
+            sampled = sample(self._decoder.logits(hidden, rows.last_tokens), batch, self._decoder.argmax)
         self._table.record(rows.slots, rows.lengths, sampled.tokens)
         return sampled

@@ -24,7 +24,6 @@ _ROW = np.dtype(
         ("presence", np.float32),
         ("frequency", np.float32),
         ("prompt_len", np.int64),
-        ("default", np.bool_),  # greedy, reports nothing, adjusts nothing
         ("edited", np.bool_),  # has a bias or stop tokens to mask
         ("penalised", np.bool_),
     ],
@@ -41,6 +40,8 @@ class SamplingTable:
     def __init__(self, num_slots: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._rows = np.zeros(num_slots, dtype=_ROW)
+        self._plain = np.zeros(num_slots, dtype=np.bool_)
+        """Rows that are greedy, report nothing and adjust nothing."""
         self._bias_tokens = [_NO_IDS] * num_slots
         self._bias_values = [_NO_VALUES] * num_slots
         self._stop_tokens = [_NO_IDS] * num_slots
@@ -65,7 +66,7 @@ class SamplingTable:
         row["prompt_len"] = prompt_len
         row["edited"] = bool(bias) or bool(stops)
         row["penalised"] = penalties != (1.0, 0.0, 0.0)
-        row["default"] = params.greedy and params.logprobs is None and not (row["edited"] or row["penalised"])
+        self._plain[slot] = params.greedy and params.logprobs is None and not (row["edited"] or row["penalised"])
 
     def batch(
         self, slots: NDArray[np.int64], lengths: NDArray[np.int64], tokens: NDArray[np.int32]
@@ -80,9 +81,9 @@ class SamplingTable:
         Returns:
             None if all rows are greedy, report nothing and adjust nothing.
         """
-        rows = self._rows[slots]
-        if rows["default"].all():
+        if self._plain[slots].all():
             return None
+        rows = self._rows[slots]
         return SamplingBatch(
             temperature=rows["temperature"],
             top_p=rows["top_p"],
@@ -103,9 +104,9 @@ class SamplingTable:
         Returns:
             None if all rows are greedy, report nothing and adjust nothing.
         """
-        rows = self._rows[slots]
-        if rows["default"].all():
+        if self._plain[slots].all():
             return None
+        rows = self._rows[slots]
         bias_rows, bias_tokens, bias_values, masked_rows, masked_tokens = self._edits(rows, slots, lengths)
         return DeviceBatch(
             temperature=rows["temperature"],

@@ -116,7 +116,7 @@ class Kernels(Protocol):
         Args:
             weight: [width] float32, with the family's offset already added.
             in_place: write to x, whose rows may be parts of longer ones; else return a new tensor.
-            rows: [S] int64: only these rows of x, in this order.
+            rows: [S] int64: only these rows of x, in this order. A recorded call reads them when it runs.
         """
 
     def argmax(self, logits: Tensor) -> Tensor:
@@ -216,3 +216,9 @@ class Program(Protocol):
 
     def run(self, plan: Plan) -> None:
         """Do what was recorded, for the step of `plan`."""
+
+    def run_rows(self, rows: int) -> None:
+        """Do what was recorded, with kernels that need no more of a step than its number of rows."""
+
+    def can_record(self, product: Linear) -> bool:
+        """Whether `product.float32` is a kernel that a program may hold."""

@@ -170,7 +170,6 @@ class NativeKernels:
         self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False, rows: Tensor | None = None
     ) -> Tensor:
         """See `interface.Kernels`."""
-        assert rows is None or self._program is None, "which rows is not recorded"
         count = len(x if rows is None else rows)
         if in_place:
             out = x
@@ -189,7 +188,7 @@ class NativeKernels:
             row_stride(x),
             row_stride(out),
         )
-        self._emit(operation, self._step(count), x, out, weight)
+        self._emit(operation, self._step(count), x, out, weight, rows)
         return out
 
     def argmax(self, logits: Tensor) -> Tensor:

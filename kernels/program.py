@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from .attention_metadata import AttentionMetadata
-from .interface import Plan
+from .interface import Linear, Plan
 from .native_library import Operation, OperationList, Step
+from .native_linear import NativeLinear
+from .native_quantised import NativeQuantisedLinear
 
 CACHE_LINE = 64
 
@@ -97,7 +99,17 @@ class NativeProgram:
     def run(self, plan: Plan) -> None:
         """See `interface.Program`."""
         assert isinstance(plan, NativePlan)
-        step = plan.step
+        self._run(plan.step)
+
+    def run_rows(self, rows: int) -> None:
+        """See `interface.Program`."""
+        self._run(Step(rows=rows, threads=torch.get_num_threads()))
+
+    def can_record(self, product: Linear) -> bool:
+        """See `interface.Program`."""
+        return isinstance(product, NativeLinear | NativeQuantisedLinear)
+
+    def _run(self, step: Step) -> None:
         assert step.rows <= self.max_rows
         for part in self._parts:
             if isinstance(part, OperationList):

@@ -73,17 +73,14 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def sample(logits: Tensor, batch: SamplingBatch | None, argmax: Callable[[Tensor], Tensor] = argmax) -> SampledTokens:
+def sample(logits: Tensor, batch: SamplingBatch, argmax: Callable[[Tensor], Tensor] = argmax) -> SampledTokens:
     """Choose one token per row.
 
     Args:
         logits: [S, vocab] float32; overwritten if the batch has adjustments.
-        batch: parameters of the rows; None: all rows are greedy, report nothing and adjust nothing.
+        batch: parameters of the rows.
         argmax: as `Kernels.argmax`.
     """
-    if batch is None:
-        return SampledTokens(argmax(logits).tolist(), None)
-
     asked = np.flatnonzero(batch.logprobs >= 0)
     # Of the model's distribution, so before anything changes the logits.
     raw_logprobs = _log_probabilities(_take(logits, asked)) if asked.size else None

@@ -29,6 +29,8 @@ WAYS = ("torch", "native", "recorded", "recorded around the library's products")
 may leave the products to torch. "triton" are the kernels of a GPU, under the interpreter."""
 MAX_TOKENS = 160
 """Of a step of a recorded decoder."""
+MAX_SAMPLES = 4
+"""Rows of a step whose logits a recorded decoder computes at once."""
 
 
 def kernels_for(way: str, dtype: torch.dtype) -> Kernels:
@@ -107,7 +109,7 @@ class Stage:
         self.decoder = Decoder(self.spec, layout, weights, kernels, collectives, max_model_len, dtype, CPU)
         self.cache = KVCache(self.spec, layout, 128, 8, stored or dtype, CPU)
         if way.startswith("recorded"):
-            self.decoder.record(self.cache, MAX_TOKENS)
+            self.decoder.record(self.cache, MAX_TOKENS, MAX_SAMPLES)
 
 
 class DecoderDriver:

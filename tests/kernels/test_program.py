@@ -185,6 +185,26 @@ def test_a_step_that_is_too_large_is_refused(kernels):
         program.run(plan_of(kernels, 5))
 
 
+def test_a_recorded_norm_reads_which_rows_it_takes_when_it_runs(kernels):
+    program = kernels.new_program(3)
+    x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(0))
+    weight, rows = torch.ones(HIDDEN), torch.zeros(3, dtype=torch.int64)
+    with program.recording():
+        normalised = kernels.rms_norm(x, weight, 1e-5, rows=rows)
+    for chosen in ([4, 0, 6], [5], [6, 6]):
+        rows[: len(chosen)] = torch.tensor(chosen)
+        program.run_rows(len(chosen))
+        assert torch.equal(normalised[: len(chosen)], kernels.rms_norm(x, weight, 1e-5)[chosen])
+
+
+def test_products_of_a_program_are_compiled_ones(kernels):
+    program, weight = kernels.new_program(3), torch.randn(5, HIDDEN)
+    assert program.can_record(kernels.linear(weight))
+    assert program.can_record(kernels.tied_linear(weight))
+    assert not program.can_record(NativeKernels(compiled_products=False).linear(weight))
+    assert not program.can_record(TorchKernels(CPU, torch.float32).linear(weight))
+
+
 def test_torch_has_nothing_to_record():
     assert TorchKernels(CPU, torch.float32).new_program(4) is None
 
