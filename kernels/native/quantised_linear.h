@@ -12,7 +12,7 @@
 //
 // A piece is read from memory once, in chunks that fit into the second-level cache beside the chunk that is fetched
 // meanwhile; for each the rows pass in tiles, whose integer sums stay in registers over a group. A single tile reads the
-// stream as fast as memory gives it: the processor foresees it. Of several, the first two ask for the next chunk. With
+// stream as fast as memory gives it: the processor foresees it, and a thread takes several pieces in a row. Of several, the first two ask for the next chunk. With
 // many, the halves of bytes are taken apart once for all (docs/decisions.md has what was measured).
 
 constexpr int STEP_BYTES = 256;
@@ -237,18 +237,25 @@ template <typename element> INLINE void run_quantised(const QuantisedLinear &op,
     for (; claimed < jobs; claimed = worker.claim())
         if (memory)
             quantise<element>(op, claimed, wide, quantised + claimed * stride);
-    if (alone)
-        claimed = worker.claim();
-    else
+    if (!alone)
         worker.meet();
     if (!memory)
         return;
-    const int items = pieces * row_blocks;
-    for (int item = claimed - jobs, following; item < items; item = following) {
-        following = worker.claim() - jobs;
+    const int items = jobs + pieces * row_blocks;
+    const int longest = rows <= TILE_ROWS ? items : 1;
+    Worker::Run run = alone ? worker.claim_run(items, longest) : Worker::Run{claimed, claimed + 1};
+    const auto next_item = [&] {
+        if (run.first == run.end)
+            run = worker.claim_run(items, longest);
+        return run.first < run.end ? run.first++ : items;
+    };
+    for (int current = next_item(), following; current < items; current = following) {
+        following = next_item();
+        const int item = current - jobs;
         const int piece = item % pieces, begin = item / pieces * rows, left = step.rows - begin;
         const int count = left < rows ? left : rows;
-        const char *next = following < items ? (const char *)op.weight + following % pieces * shape.piece_bytes : nullptr;
+        const int64_t next_at = (following - jobs) % pieces * shape.piece_bytes;
+        const char *next = following < items ? (const char *)op.weight + next_at : nullptr;
         run_piece<element>(op, shape, quantised + begin * stride, stride, piece, begin, count, next, unpacked, (lanes *)memory);
     }
 }
