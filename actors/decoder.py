@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from ..kernels.linear import PlainLinear
 from ..kernels.norm import scale_by_rms, sum_of_squares
 from .collectives import Collectives
 from .kv_cache import KVCache, LayerCache
+from .leading_views import leading_views
 from .output_head import OutputHead
 from .rope import Rotary
 from .weights import LayerWeights, MLPWeights, MoEWeights, Weights
@@ -98,7 +100,7 @@ class Decoder:
                 if not rotary.depends_on_positions:
                     rotary.cos_sin(positions, self._kernels, rotation)
             self._run_layers(hidden, rotations, program.plan(), kv_cache)
-        self._recorded = _RecordedLayers(program, kv_cache, hidden, rotations)
+        self._recorded = _RecordedLayers(program, kv_cache, leading_views(hidden), rotations)
         if self._head is not None:
             self._head.record(hidden, max_rows)
 
@@ -130,7 +132,7 @@ class Decoder:
         """The same with the recorded program, after what could not be recorded."""
         positions = plan.metadata.positions
         rows = len(positions)
-        result = recorded.hidden[:rows]
+        result = recorded.hidden(rows, self._spec.hidden_size)
         if tokens is not None and self._layout.tp_size > 1:
             hidden = self._embed(tokens)
         if hidden is not None:
@@ -164,8 +166,8 @@ class Decoder:
         return self._head.logits(hidden, rows)
 
     @torch.inference_mode()
-    def likeliest(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """The most likely token after each of the given rows: [S] int64, `argmax` of their logits.
+    def likeliest(self, hidden: Tensor, rows: Tensor) -> list[int]:
+        """The most likely token after each of the given S rows, `argmax` of their logits.
 
         Args:
             hidden, rows: as for `logits`.
@@ -191,8 +193,8 @@ class _RecordedLayers:
 
     program: Program
     kv_cache: KVCache
-    hidden: Tensor
-    """[max tokens, hidden], in and out."""
+    hidden: Callable[..., Tensor]
+    """Views of the first rows of [max tokens, hidden], in and out."""
     rotations: list[Rotation]
 
 

@@ -119,7 +119,7 @@ class ModelRunner:
             return SampledTokens([], None)
         batch = self._table.sampling.batch(rows.slots, rows.lengths, self._table.tokens)
         if batch is None:
-            sampled = SampledTokens(self._decoder.likeliest(hidden, rows.last_tokens).tolist(), None)
+            sampled = SampledTokens(self._decoder.likeliest(hidden, rows.last_tokens), None)
         else:
             sampled = sample(self._decoder.logits(hidden, rows.last_tokens), batch, self._decoder.argmax)
         self._table.record(rows.slots, rows.lengths, sampled.tokens)

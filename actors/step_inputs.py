@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..cluster.step import StepPlan
 from ..kernels.attention_metadata import AttentionMetadata
+from .leading_views import leading_views
 from .slot_table import SlotTable
 
 
@@ -22,12 +23,14 @@ class StagedArray:
         self._host = torch.zeros(capacity, dtype=dtype, pin_memory=not on_host)
         self._device = self._host if on_host else torch.zeros(capacity, dtype=dtype, device=device)
         self.array: NDArray = self._host.numpy()
+        self._host_views, self._device_views = leading_views(self._host), leading_views(self._device)
 
-    def upload(self, size: int) -> Tensor:
-        """The first `size` elements on the device; valid until the array is written again."""
+    def upload(self, *shape: int) -> Tensor:
+        """The first elements on the device, in that shape; valid until the array is written again."""
+        uploaded = self._device_views(*shape)
         if self._device is not self._host:
-            self._device[:size].copy_(self._host[:size], non_blocking=True)
-        return self._device[:size]
+            uploaded.copy_(self._host_views(*shape), non_blocking=True)
+        return uploaded
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,7 +69,7 @@ class StepInputs:
         self._context_lens = StagedArray(num_slots, torch.int32, device)
         self._block_tables = StagedArray(num_slots * blocks_per_sequence, torch.int32, device)
         self._last_tokens = StagedArray(num_slots, torch.int64, device)
-        self._arange = np.arange(max(num_tokens, num_slots), dtype=np.int64)
+        self._arange = np.arange(max(num_tokens, num_slots) + 1, dtype=np.int64)
         # The device may still be reading the host arrays of the step before when a stage does not wait for results.
         self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
 
@@ -77,16 +80,22 @@ class StepInputs:
         table, block_size = self._table, self._block_size
         slots = np.array(plan.slots, dtype=np.int64)
         starts = np.array(plan.starts, dtype=np.int64)
-        counts = np.array(plan.counts, dtype=np.int64)
-        ends = np.cumsum(counts)
-        contexts = starts + counts
-        num_rows, num_tokens = len(slots), int(ends[-1])
-
-        # Token i of the step belongs to row_of[i] and stands at positions[i] of its sequence.
-        row_of = np.repeat(self._arange[:num_rows], counts)
-        positions = self._positions.array[:num_tokens]
-        np.add(self._arange[:num_tokens], (contexts - ends)[row_of], out=positions)
-        slot_of = slots[row_of]
+        num_rows = len(slots)
+        # Token i of the step is one of slot_of[i] and stands at positions[i] of its sequence.
+        if plan.decode_rows == num_rows:
+            num_tokens, slot_of, contexts = num_rows, slots, starts + 1
+            ends = self._arange[1 : num_rows + 1]
+            positions = self._positions.array[:num_tokens]
+            positions[:] = starts
+        else:
+            counts = np.array(plan.counts, dtype=np.int64)
+            ends = np.cumsum(counts)
+            contexts = starts + counts
+            num_tokens = int(ends[-1])
+            row_of = np.repeat(self._arange[:num_rows], counts)
+            positions = self._positions.array[:num_tokens]
+            np.add(self._arange[:num_tokens], (contexts - ends)[row_of], out=positions)
+            slot_of = slots[row_of]
         self._tokens.array[:num_tokens] = table.tokens[slot_of, positions]
         blocks = table.block_tables[slot_of, positions // block_size].astype(np.int64)
         np.add(blocks * block_size, positions % block_size, out=self._slot_mapping.array[:num_tokens])
@@ -107,7 +116,7 @@ class StepInputs:
                 slot_mapping=self._slot_mapping.upload(num_tokens),
                 query_start=self._query_start.upload(num_rows + 1),
                 context_lens=self._context_lens.upload(num_rows),
-                block_tables=self._block_tables.upload(num_rows * width).view(num_rows, width),
+                block_tables=self._block_tables.upload(num_rows, width),
                 decode_rows=plan.decode_rows,
                 counts=plan.counts,
                 contexts=contexts.tolist(),
