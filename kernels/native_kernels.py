@@ -30,9 +30,9 @@ from .native_library import (
     Stored,
     instruction_set,
 )
-from .native_linear import LibraryLinear, NativeGatedLinear, NativeLinear, is_bfloat16, row_stride
-from .native_quantised import NativeQuantisedGatedLinear, NativeQuantisedLinear
-from .packed_weight import PART_BYTES, PackedWeight, pack
+from .native_linear import LibraryLinear, NativeGatedLinear, NativeLinear
+from .native_products import is_bfloat16, row_stride
+from .packed_weight import PART_BYTES, PackedWeight, interleave_gate, pack
 from .program import NativePlan, NativeProgram, spread_stride
 from .quantised_stream import QuantisedStream, can_stream, make_stream
 from .quantised_weight import QuantisedWeight, Weight
@@ -69,29 +69,30 @@ class NativeKernels:
         """See `interface.Kernels`."""
         if isinstance(weight, QuantisedWeight):
             if can_stream(weight):
-                return NativeQuantisedLinear(self, weight, bias)
+                return NativeLinear(self, self.stream(weight), bias)
             if weight.order is not None:
                 return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
             weight = self._expanded(weight)
         if self._compiled_products:
-            return NativeLinear(self, weight, bias)
+            return NativeLinear(self, self.pack(weight), bias)
         return LibraryLinear(self, self._torch.linear(weight, bias), len(weight))
 
     def tied_linear(self, weight: Tensor) -> Linear:
         """See `interface.Kernels`."""
         if self._compiled_products:
-            return NativeLinear(self, weight, None)
+            return NativeLinear(self, self.pack(weight), None)
         return self._torch.tied_linear(weight)
 
     def gated_linear(self, weight: Weight, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
         """See `interface.Kernels`."""
         if isinstance(weight, QuantisedWeight):
             if can_stream(weight):
-                return NativeQuantisedGatedLinear(self, weight, bias, activation)
+                return NativeGatedLinear(self, self.stream(weight, gated=True), bias, activation, len(weight) // 2)
             if weight.order is None:
                 weight = self._expanded(weight)
         if self._compiled_products and isinstance(weight, Tensor):
-            return NativeGatedLinear(self, weight, bias, activation)
+            packed = self.pack(interleave_gate(weight), weight.nbytes)
+            return NativeGatedLinear(self, packed, bias, activation, len(weight) // 2)
         product = self.linear(weight, bias)
         return lambda x: self.gated_activation(product(x), activation)
 
@@ -123,9 +124,11 @@ class NativeKernels:
     def embed(self, embedding: Linear, tokens: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """See `interface.Kernels`."""
         assert isinstance(embedding, NativeLinear | PlainLinear)
-        packed = embedding.weight if isinstance(embedding, NativeLinear) else None
-        weight = embedding.weight if isinstance(embedding, PlainLinear) else embedding.weight.data
-        dtype, width = embedding.weight.dtype, embedding.weight.shape[1]
+        table = embedding.weight
+        assert isinstance(table, PackedWeight | Tensor)
+        packed = table if isinstance(table, PackedWeight) else None
+        weight = table if isinstance(table, Tensor) else table.data
+        dtype, width = table.dtype, table.shape[1]
         assert weight.is_contiguous()
         if out is None:
             out = self.temporary(tokens, width, dtype)

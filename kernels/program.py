@@ -25,7 +25,6 @@ from .attention_metadata import AttentionMetadata
 from .interface import Linear, Plan
 from .native_library import Operation, OperationList, Step
 from .native_linear import NativeLinear
-from .native_quantised import NativeQuantisedLinear
 
 CACHE_LINE = 64
 
@@ -107,7 +106,7 @@ class NativeProgram:
 
     def can_record(self, product: Linear) -> bool:
         """See `interface.Program`."""
-        return isinstance(product, NativeLinear | NativeQuantisedLinear)
+        return isinstance(product, NativeLinear)
 
     def _run(self, step: Step) -> None:
         assert step.rows <= self.max_rows
