@@ -65,75 +65,14 @@ class LocalEngine:
                 f"tensor_parallel_size × pipeline_parallel_size × replicas = "
                 f"{config.shards_per_replica * config.replicas}: the local engine has one shard; serve on Ray for more"
             )
-        self.memory: KVMemory | None = None
         # OpenMP keeps a team for every thread that has computed, and when teams have more threads than there are cores,
         # none of them waits awake any more, which costs a decode step a tenth. This thread's ends with it.
         with ThreadPoolExecutor(1, "load") as loading:
-            self.shard, self.scheduler = loading.submit(self._start, Path(model), config, num_blocks).result()
+            self.shard, self.memory, self.scheduler = loading.submit(_start, Path(model), config, num_blocks).result()
         self.observe: Callable[[StepResult], None] | None = None
         """Called with the result of every step, after the scheduler has taken it in."""
         self._executor = LocalExecutor(self.shard.launch)
         self._requests = 0
-
-    def _start(self, model: Path, config: ModelConfig, num_blocks: int | None) -> tuple[Shard, Scheduler]:
-        began = time.perf_counter()
-        spec = load_spec(model)
-        max_model_len = config.max_model_len or spec.max_position_embeddings
-        layout = ShardLayout()
-        plan = plan_this_node(shards=1, num_threads=config.num_threads, alone=True)
-        logger.info("%s: %s", config.name, plan.explain(None))
-        clock = StartupClock()
-        with clock.phase(IMPORTS):
-            import_torch(plan)
-            from .shard import Shard  # with torch, which reads what OpenMP is told but once
-
-        shard = Shard(
-            ShardConfig(
-                folder=model,
-                layout=layout,
-                dtype=config.dtype,
-                device=config.device,
-                load_format=config.load_format,
-                kv_cache_dtype=config.kv_cache_dtype,
-                block_size=config.block_size,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=max_model_len,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                num_threads=plan.threads,
-            ),
-            clock,
-        )
-        shard.connect()
-        shard.load()
-        if num_blocks is None:
-            self.memory = plan_kv_memory(
-                [shard.memory()],
-                bytes_per_block=kv_bytes_per_block(
-                    spec, layout, config.block_size, shard.dtype.itemsize, config.kv_cache_dtype
-                ),
-                block_size=config.block_size,
-                max_model_len=max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                kv_cache_memory=config.kv_cache_memory,
-                kv_cache_dtype=config.kv_cache_dtype,
-            )
-            num_blocks = self.memory.num_blocks
-            logger.info("%s: %s", config.name, self.memory.reasoning)
-        shard.allocate(num_blocks)
-        logger.info("%s: %s", config.name, describe_startup(clock.seconds, time.perf_counter() - began))
-        scheduler = Scheduler(
-            SchedulerConfig(
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                max_model_len=max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_waiting=config.max_num_waiting,
-                prefix_caching=config.enable_prefix_caching,
-            )
-        )
-        return shard, scheduler
 
     def generate(
         self, prompts: Iterable[list[int]], sampling: SamplingParams | Iterable[SamplingParams]
@@ -167,6 +106,69 @@ class LocalEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _start(model: Path, config: ModelConfig, num_blocks: int | None) -> tuple[Shard, KVMemory | None, Scheduler]:
+    """Load a model; what was decided about memory is None if it was given."""
+    began = time.perf_counter()
+    spec = load_spec(model)
+    max_model_len = config.max_model_len or spec.max_position_embeddings
+    layout = ShardLayout()
+    plan = plan_this_node(shards=1, num_threads=config.num_threads, alone=True)
+    logger.info("%s: %s", config.name, plan.explain(None))
+    clock = StartupClock()
+    with clock.phase(IMPORTS):
+        import_torch(plan)
+        from .shard import Shard  # with torch, which reads what OpenMP is told but once
+
+    shard = Shard(
+        ShardConfig(
+            folder=model,
+            layout=layout,
+            dtype=config.dtype,
+            device=config.device,
+            load_format=config.load_format,
+            kv_cache_dtype=config.kv_cache_dtype,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_threads=plan.threads,
+        ),
+        clock,
+    )
+    shard.connect()
+    shard.load()
+    memory = None
+    if num_blocks is None:
+        memory = plan_kv_memory(
+            [shard.memory()],
+            bytes_per_block=kv_bytes_per_block(
+                spec, layout, config.block_size, shard.dtype.itemsize, config.kv_cache_dtype
+            ),
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_memory=config.kv_cache_memory,
+            kv_cache_dtype=config.kv_cache_dtype,
+        )
+        num_blocks = memory.num_blocks
+        logger.info("%s: %s", config.name, memory.reasoning)
+    shard.allocate(num_blocks)
+    logger.info("%s: %s", config.name, describe_startup(clock.seconds, time.perf_counter() - began))
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_waiting=config.max_num_waiting,
+            prefix_caching=config.enable_prefix_caching,
+        )
+    )
+    return shard, memory, scheduler
 
 
 async def answer_all(

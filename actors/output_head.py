@@ -59,8 +59,7 @@ class OutputHead:
         """See `Decoder.logits`."""
         recorded = self._recorded
         if recorded is not None and rows is not None and recorded.holds(hidden, rows):
-            recorded.rows[: len(rows)] = rows.numpy()
-            recorded.logits_program.run_rows(len(rows))
+            recorded.run(recorded.logits_program, rows)
             logits = recorded.logits[: len(rows)]
         else:
             logits = self._project(hidden, rows)
@@ -77,8 +76,7 @@ class OutputHead:
         recorded = self._recorded
         if recorded is None or self._scales or not recorded.holds(hidden, rows):
             return self._kernels.argmax(self.logits(hidden, rows)).tolist()
-        recorded.rows[: len(rows)] = rows.numpy()
-        recorded.likeliest_program.run_rows(len(rows))
+        recorded.run(recorded.likeliest_program, rows)
         return recorded.tokens[: len(rows)].tolist()
 
     def _project(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
@@ -105,3 +103,8 @@ class _Recorded:
     def holds(self, hidden: Tensor, rows: Tensor) -> bool:
         """Whether the programs can compute these rows of `hidden`."""
         return hidden.data_ptr() == self.hidden.data_ptr() and len(rows) <= len(self.rows)
+
+    def run(self, program: Program, rows: Tensor) -> None:
+        """Run one of the programs for these rows."""
+        self.rows[: len(rows)] = rows.numpy()
+        program.run_rows(len(rows))

@@ -82,7 +82,7 @@ class StepInputs:
         starts = np.array(plan.starts, dtype=np.int64)
         num_rows = len(slots)
         # Token i of the step is one of slot_of[i] and stands at positions[i] of its sequence.
-        if plan.decode_rows == num_rows:
+        if plan.decode_rows == num_rows:  # most steps: one token in every row, so that no row is repeated
             num_tokens, slot_of, contexts = num_rows, slots, starts + 1
             ends = self._arange[1 : num_rows + 1]
             positions = self._positions.array[:num_tokens]

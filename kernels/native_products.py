@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,42 @@ def run_product(
     alpha: float = 1.0,
 ) -> None:
     """A product of x [T, in]. For a quantised weight x is rounded to int8, with a scale per row and group of inputs."""
-    if isinstance(weight, QuantisedStream):
-        _run_quantised(kernels, x, weight, bias, out, epilogue, activation=activation, alpha=alpha)
-    else:
-        _run_packed(kernels, x, weight, bias, out, epilogue, activation=activation, alpha=alpha)
+    common: dict[str, Any] = {
+        "bfloat16": is_bfloat16(x.dtype),
+        "out_features": out.shape[1],
+        "epilogue": epilogue,
+        "activation": activation,
+        "out_float32": out.dtype == torch.float32 and x.dtype != torch.float32,
+        "alpha": alpha,
+        "x": x.data_ptr(),
+        "weight": weight.data.data_ptr(),
+        "bias": None if bias is None else bias.data_ptr(),
+        "out": out.data_ptr(),
+        "x_stride": row_stride(x),
+        "out_stride": row_stride(out),
+    }
+    if isinstance(weight, PackedWeight):
+        assert x.dtype == weight.dtype
+        assert x.shape[1] == weight.shape[1]
+        plain = LinearOperation(kind=Kind.LINEAR, compressed=weight.compressed, in_features=x.shape[1], **common)
+        kernels.run_rows(plain, len(x), x, weight.data, bias, out)
+        return
+    assert weight.order is not None or x.shape[1] == weight.shape[1]
+    quantised = kernels.workspace(x, weight.padded_inputs + (4 + 4) * weight.groups)  # integers, scales and sums
+    operation = QuantisedLinearOperation(
+        kind=Kind.QUANTISED_LINEAR,
+        in_features=weight.padded_inputs,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        scale_kind=weight.scale_kind,
+        zeros=weight.has_zeros,
+        row_scale=weight.row_scale,
+        x_features=x.shape[1],
+        order=None if weight.order is None else weight.order.data_ptr(),
+        quantised=quantised.data_ptr(),
+        **common,
+    )
+    kernels.run_rows(operation, len(x), x, weight.data, weight.order, bias, out, quantised)
 
 
 def is_bfloat16(dtype: torch.dtype) -> bool:
@@ -44,77 +76,3 @@ def row_stride(x: Tensor) -> int:
     assert x.dim() == 2
     assert x.stride(1) == 1
     return x.stride(0)
-
-
-def _run_packed(
-    kernels: NativeKernels,
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None,
-    out: Tensor,
-    epilogue: Epilogue,
-    *,
-    activation: int,
-    alpha: float,
-) -> None:
-    assert x.dtype == weight.dtype
-    assert x.shape[1] == weight.shape[1]
-    operation = LinearOperation(
-        Kind.LINEAR,
-        is_bfloat16(x.dtype),
-        weight.compressed,
-        x.shape[1],
-        out.shape[1],
-        epilogue,
-        activation,
-        out.dtype == torch.float32 and x.dtype != torch.float32,
-        alpha,
-        x.data_ptr(),
-        weight.data.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        row_stride(x),
-        row_stride(out),
-    )
-    kernels.run_rows(operation, len(x), x, weight.data, bias, out)
-
-
-def _run_quantised(
-    kernels: NativeKernels,
-    x: Tensor,
-    weight: QuantisedStream,
-    bias: Tensor | None,
-    out: Tensor,
-    epilogue: Epilogue,
-    *,
-    activation: int,
-    alpha: float,
-) -> None:
-    assert weight.order is not None or x.shape[1] == weight.shape[1]
-    quantised = kernels.workspace(x, weight.padded_inputs + (4 + 4) * weight.groups)  # integers, scales and sums
-    operation = QuantisedLinearOperation(
-        Kind.QUANTISED_LINEAR,
-        is_bfloat16(x.dtype),
-        False,
-        weight.padded_inputs,
-        out.shape[1],
-        epilogue,
-        activation,
-        out.dtype == torch.float32 and x.dtype != torch.float32,
-        alpha,
-        x.data_ptr(),
-        weight.data.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        row_stride(x),
-        row_stride(out),
-        weight.bits,
-        weight.group_size,
-        weight.scale_kind,
-        weight.has_zeros,
-        weight.row_scale,
-        x.shape[1],
-        None if weight.order is None else weight.order.data_ptr(),
-        quantised.data_ptr(),
-    )
-    kernels.run_rows(operation, len(x), x, weight.data, weight.order, bias, out, quantised)

@@ -19,6 +19,17 @@ if not os.path.exists("/dev/nvidiactl"):
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(scope="module")
+def single_thread():
+    """torch computes in one thread, whatever tests before have set: a tiny model has no work for two."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shard_processes():
     """`ProcessShards` (tests/shard_processes.py): processes start when a test asks for a replica of that size."""

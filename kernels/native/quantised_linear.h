@@ -12,8 +12,9 @@
 //
 // A piece is read from memory once, in chunks that fit into the second-level cache beside the chunk that is fetched
 // meanwhile; for each the rows pass in tiles, whose integer sums stay in registers over a group. A single tile reads the
-// stream as fast as memory gives it: the processor foresees it, and a thread takes several pieces in a row. Of several, the first two ask for the next chunk. With
-// many, the halves of bytes are taken apart once for all (docs/decisions.md has what was measured).
+// stream as fast as memory gives it: the processor foresees it, and a thread takes several pieces in a row. Of several
+// tiles, the first two ask for the next chunk. With many, the halves of bytes are taken apart once for all
+// (docs/decisions.md has what was measured).
 
 constexpr int STEP_BYTES = 256;
 constexpr int CHUNK_BYTES = 128 * 1024; // with a byte per weight

@@ -11,13 +11,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, load_reference, make_tiny_model
 LENGTHS = [9, 37, 74]
 DECODE_STEPS = 4
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def reference_logits(folder, sequences):

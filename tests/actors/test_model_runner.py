@@ -16,13 +16,7 @@ from raytroupe.kernels.native_library import UNPACKING_INSTRUCTION_SETS, instruc
 BLOCK_SIZE, NUM_BLOCKS, SLOTS = 8, 400, 32
 GREEDY = SamplingParams(temperature=0.0)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,7 @@ from raytroupe.actors.output_head import OutputHead
 LENGTHS = [9, 21, 5]
 ROWS = [[8], [33, 0, 8], [5, 5, 30, 1]]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def hidden_of(driver):
