@@ -90,6 +90,32 @@ async def test_a_cancelled_wait_loses_no_result(executor_of):
     assert (await executor.result()).step == 0
 
 
+async def test_a_result_that_comes_while_the_loop_begins_to_wait_is_not_missed(executor_of, monkeypatch):
+    release = threading.Event()
+
+    def run(plan):
+        release.wait()
+        return echo(plan)
+
+    executor = executor_of(run)
+    loop = asyncio.get_running_loop()
+    make_future = loop.create_future
+
+    def make_future_late():
+        """`result` has found no outcome; now one comes, and whoever reports it finds nobody to wake."""
+        monkeypatch.undo()
+        release.set()
+        while not executor._outcomes:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        return make_future()
+
+    executor.submit(make_plan(0))
+    monkeypatch.setattr(loop, "create_future", make_future_late)
+    async with asyncio.timeout(10):
+        assert (await executor.result()).step == 0
+
+
 def test_close_drops_waiting_plans_and_ends_the_thread(executor_of):
     started, release = threading.Event(), threading.Event()
     ran = []
