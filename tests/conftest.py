@@ -5,6 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a failure comes from a change and not from the day:
+# `--hypothesis-profile=default` looks for others.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # Before torch is imported: on tiny models a second thread costs more than it computes, and far more on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
