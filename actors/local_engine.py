@@ -17,17 +17,17 @@ import msgspec
 from ..cluster.config import ModelConfig, load_config
 from ..cluster.cpu_affinity import plan_this_node
 from ..cluster.errors import ConfigError
-from ..cluster.kv_memory import KVMemory, plan_kv_memory
+from ..cluster.kv_memory import KVMemory
 from ..cluster.model_spec import load_spec
 from ..cluster.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs, TokenOutput
-from ..cluster.scheduler import Scheduler, SchedulerConfig
+from ..cluster.scheduler import Scheduler
 from ..cluster.startup import IMPORTS, StartupClock, describe_startup
 from ..cluster.step import StepResult
-from ..cluster.topology import ShardLayout, kv_bytes_per_block
+from ..cluster.topology import ShardLayout
 from .engine_loop import EngineLoop
 from .executor import Executor, LocalExecutor
 from .openmp import import_torch
-from .shard_config import ShardConfig
+from .replica_settings import ReplicaSettings
 
 if TYPE_CHECKING:
     from .shard import Shard
@@ -113,6 +113,7 @@ def _start(model: Path, config: ModelConfig, num_blocks: int | None) -> tuple[Sh
     began = time.perf_counter()
     spec = load_spec(model)
     max_model_len = config.max_model_len or spec.max_position_embeddings
+    settings = ReplicaSettings.of(config, folder=model, device=config.device, max_model_len=max_model_len)
     layout = ShardLayout()
     plan = plan_this_node(shards=1, num_threads=config.num_threads, alone=True)
     logger.info("%s: %s", config.name, plan.explain(None))
@@ -121,54 +122,18 @@ def _start(model: Path, config: ModelConfig, num_blocks: int | None) -> tuple[Sh
         import_torch(plan)
         from .shard import Shard  # with torch, which reads what OpenMP is told but once
 
-    shard = Shard(
-        ShardConfig(
-            folder=model,
-            layout=layout,
-            dtype=config.dtype,
-            device=config.device,
-            load_format=config.load_format,
-            kv_cache_dtype=config.kv_cache_dtype,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            num_threads=plan.threads,
-        ),
-        clock,
-    )
+    shard = Shard(settings.shard_config(layout, plan.threads), clock)
     shard.connect()
     shard.load()
     memory = None
     if num_blocks is None:
-        memory = plan_kv_memory(
-            [shard.memory()],
-            bytes_per_block=kv_bytes_per_block(
-                spec, layout, config.block_size, shard.dtype.itemsize, config.kv_cache_dtype
-            ),
-            block_size=config.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            kv_cache_memory=config.kv_cache_memory,
-            kv_cache_dtype=config.kv_cache_dtype,
-        )
+        bytes_per_block = settings.kv_bytes_per_block(spec, layout, shard.dtype.itemsize)
+        memory = settings.plan_kv_memory([shard.memory()], bytes_per_block)
         num_blocks = memory.num_blocks
         logger.info("%s: %s", config.name, memory.reasoning)
     shard.allocate(num_blocks)
     logger.info("%s: %s", config.name, describe_startup(clock.seconds, time.perf_counter() - began))
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_waiting=config.max_num_waiting,
-            prefix_caching=config.enable_prefix_caching,
-        )
-    )
-    return shard, memory, scheduler
+    return shard, memory, Scheduler(settings.scheduler_config(num_blocks))
 
 
 async def answer_all(

@@ -16,10 +16,10 @@ from ray import serve
 
 from ..cluster.cpu_affinity import keep_off_shards, plan_this_node
 from ..cluster.errors import EngineError, ShardFailed
-from ..cluster.kv_memory import KVMemory, plan_kv_memory
+from ..cluster.kv_memory import KVMemory
 from ..cluster.messages import GenerateCall
 from ..cluster.request import TokenOutput
-from ..cluster.scheduler import Scheduler, SchedulerConfig
+from ..cluster.scheduler import Scheduler
 from ..cluster.startup import describe_startup
 from ..cluster.step import StepResult
 from .control_calls import ControlCalls
@@ -116,15 +116,8 @@ class SchedulerReplica:
         `began` on, by `time.monotonic()`."""
         settings = self._settings
         reports = await self._shards.load()
-        memory = plan_kv_memory(
-            [report.memory for report in reports],
-            bytes_per_block=max(report.kv_block_bytes for report in reports),
-            block_size=settings.block_size,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            shards_on_device=settings.shards_per_node if settings.device == "cpu" else 1,
-            kv_cache_memory=settings.kv_cache_memory,
+        memory = settings.plan_kv_memory(
+            [report.memory for report in reports], max(report.kv_block_bytes for report in reports)
         )
         seconds = await self._shards.allocate(memory.num_blocks)
         self._reporter.notice(memory.reasoning)
@@ -136,18 +129,7 @@ class SchedulerReplica:
 
     def _start_engine(self, memory: KVMemory) -> None:
         settings = self._settings
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                num_blocks=memory.num_blocks,
-                block_size=settings.block_size,
-                max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=settings.max_num_batched_tokens,
-                max_num_waiting=settings.max_num_waiting,
-                pipeline_stages=settings.pipeline_parallel_size,
-                prefix_caching=settings.enable_prefix_caching,
-            )
-        )
+        self._scheduler = Scheduler(settings.scheduler_config(memory.num_blocks))
         self._totals = StepTotals()
         self._engine = EngineLoop(self._scheduler, self._executor, self._publish, self._observe)
         self._calls = ControlCalls(self._engine, self._sender)

@@ -23,12 +23,11 @@ from ..cluster.cpu_affinity import CpuClaims, keep_off_shards, pin_thread, plan_
 from ..cluster.kv_memory import DeviceMemory
 from ..cluster.messages import Endpoint
 from ..cluster.startup import IMPORTS, StartupClock
-from ..cluster.topology import ShardLayout, kv_bytes_per_block
+from ..cluster.topology import ShardLayout
 from . import openmp
 from .channel import ShardServer
 from .replica_settings import ReplicaSettings
 from .reporter import Reporter
-from .shard_config import ShardConfig
 
 if TYPE_CHECKING:
     from .shard import Shard
@@ -143,21 +142,9 @@ class ShardActor:
     def _load(self, rendezvous: str) -> None:
         from .shard import Shard
 
-        settings = self._settings
-        config = ShardConfig(
-            folder=settings.folder,
-            layout=self._layout,
-            dtype=settings.dtype,
-            device=settings.device,
-            load_format=settings.load_format,
-            kv_cache_dtype=settings.kv_cache_dtype,
-            block_size=settings.block_size,
-            max_num_seqs=settings.max_num_seqs,
-            max_model_len=settings.max_model_len,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            num_threads=self._plan.threads,
-            init_method=rendezvous,
-            listen_fd=self._listener.detach() if self._listener is not None else None,
+        listen_fd = self._listener.detach() if self._listener is not None else None
+        config = self._settings.shard_config(
+            self._layout, self._plan.threads, init_method=rendezvous, listen_fd=listen_fd
         )
         self._shard = Shard(config, self._clock)
         self._shard.connect()
@@ -166,9 +153,7 @@ class ShardActor:
     def _report(self) -> ShardReport:
         assert self._shard is not None, "load first"
         shard, settings = self._shard, self._settings
-        block_bytes = kv_bytes_per_block(
-            shard.spec, self._layout, settings.block_size, shard.dtype.itemsize, settings.kv_cache_dtype
-        )
+        block_bytes = settings.kv_bytes_per_block(shard.spec, self._layout, shard.dtype.itemsize)
         cpus = self._plan.explain(self._cpus) if settings.device == "cpu" else None
         return ShardReport(shard.memory(), str(shard.dtype).removeprefix("torch."), block_bytes, cpus)
 

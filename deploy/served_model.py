@@ -13,10 +13,10 @@ from ..actors.placement import Capacity, Device, check_capacity, resolve_device,
 from ..actors.replica_settings import ReplicaSettings
 from ..cluster.config import ModelConfig
 from ..cluster.errors import ConfigError
-from ..cluster.kv_memory import DeviceMemory, plan_kv_memory
+from ..cluster.kv_memory import DeviceMemory
 from ..cluster.messages import ModelCard
 from ..cluster.model_spec import ModelSpec, load_generation_defaults, load_spec
-from ..cluster.topology import all_layouts, check_topology, kv_bytes_per_block, weight_bytes
+from ..cluster.topology import all_layouts, check_topology, weight_bytes
 from .evaluation_gate import check_evaluated
 from .model_folder import find_model_folder
 from .weight_files import check_weight_files
@@ -55,25 +55,8 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
     served = []
     for model, folder, spec, device in zip(models, folders, specs, devices, strict=True):
         sharing = shards_per_node(models, devices, device, capacity.nodes)
-        settings = ReplicaSettings(
-            name=model.name,
-            folder=folder,
-            tensor_parallel_size=model.tensor_parallel_size,
-            pipeline_parallel_size=model.pipeline_parallel_size,
-            dtype=model.dtype,
-            device=device,
-            load_format=model.load_format,
-            max_model_len=_max_model_len(model, spec),
-            max_num_seqs=model.max_num_seqs,
-            max_num_batched_tokens=model.max_num_batched_tokens,
-            max_num_waiting=model.max_num_waiting,
-            block_size=model.block_size,
-            gpu_memory_utilization=model.gpu_memory_utilization,
-            kv_cache_memory=model.kv_cache_memory,
-            kv_cache_dtype=model.kv_cache_dtype,
-            enable_prefix_caching=model.enable_prefix_caching,
-            num_threads=model.num_threads,
-            shards_per_node=sharing,
+        settings = ReplicaSettings.of(
+            model, folder=folder, device=device, max_model_len=_max_model_len(model, spec), shards_per_node=sharing
         )
         defaults = load_generation_defaults(folder)
         card = ModelCard(
@@ -117,21 +100,9 @@ def _check_kv_memory(settings: ReplicaSettings, spec: ModelSpec, dtype_bytes: in
     if on_cpu:
         memory = psutil.virtual_memory()
         free = max(0, memory.available - heaviest * settings.shards_per_node)
-        device, sharing = DeviceMemory("cpu", memory.total, free, heaviest), settings.shards_per_node
+        device = DeviceMemory("cpu", memory.total, free, heaviest)
     elif settings.kv_cache_memory is not None:
-        device, sharing = DeviceMemory("cuda", settings.kv_cache_memory, settings.kv_cache_memory, heaviest), 1
+        device = DeviceMemory("cuda", settings.kv_cache_memory, settings.kv_cache_memory, heaviest)
     else:
         return
-    plan_kv_memory(
-        [device],
-        bytes_per_block=max(
-            kv_bytes_per_block(spec, layout, settings.block_size, dtype_bytes, settings.kv_cache_dtype)
-            for layout in layouts
-        ),
-        block_size=settings.block_size,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        shards_on_device=sharing,
-        kv_cache_memory=settings.kv_cache_memory,
-        kv_cache_dtype=settings.kv_cache_dtype,
-    )
+    settings.plan_kv_memory([device], max(settings.kv_bytes_per_block(spec, layout, dtype_bytes) for layout in layouts))
