@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from .errors import ConfigError
+from .router_config import RouterConfig
+from .strict_model import StrictModel
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "t": 10**12}
 
@@ -39,19 +39,7 @@ def parse_bytes(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _booleans_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        assert info.field_name is not None
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("this field is not a switch; true and false mean nothing here")
-        return value
-
-
-class ModelConfig(_Strict):
+class ModelConfig(StrictModel):
     """One served model. Field names are those of vLLM's flags."""
 
     model: str
@@ -86,6 +74,8 @@ class ModelConfig(_Strict):
     enable_prefix_caching: bool = True
     num_threads: int | None = Field(None, ge=1, le=256)
     """CPU threads per shard; default: as many as its share of the node's cores (`cluster/cpu_plan.py`)."""
+    price_per_hour: float | None = Field(None, gt=0)
+    """Dollars that one replica costs; default: estimated from the size of the weights (`cluster/price.py`)."""
 
     @field_validator("block_size")
     @classmethod
@@ -114,7 +104,7 @@ class ModelConfig(_Strict):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
-class ServeConfig(_Strict):
+class ServeConfig(StrictModel):
     """A whole application: its address and its models."""
 
     models: list[ModelConfig] = Field(min_length=1)
@@ -124,6 +114,8 @@ class ServeConfig(_Strict):
     ingress_replicas: int = Field(1, ge=1, le=256)
     max_body_bytes: Bytes = 8 * 2**20
     """Larger request bodies are refused with 413."""
+    router: RouterConfig = RouterConfig()  # type: ignore[call-arg]
+    """Which model and replica answer."""
 
     @model_validator(mode="after")
     def _distinct_ports(self) -> ServeConfig:
@@ -140,6 +132,7 @@ class ServeConfig(_Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"models share the name {twice[0]!r}; give each its own served_model_name")
+        self.router.check_models(names)
         return self
 
 
@@ -159,11 +152,21 @@ def _explain(fault: Any) -> str:
     """One line for one pydantic fault."""
     field = ".".join(str(part) for part in fault["loc"]) or "configuration"
     if fault["type"] == "extra_forbidden":
-        known = ServeConfig.model_fields if len(fault["loc"]) == 1 else ModelConfig.model_fields
-        return f"{field}: unknown field (value {fault['input']!r}); known: {', '.join(known)}"
+        return f"{field}: unknown field (value {fault['input']!r}); known: {', '.join(_known_fields(fault['loc']))}"
     if fault["type"] == "missing":
         return f"{field}: required and not given"
     message = fault["msg"].removeprefix("Value error, ")
     if isinstance(fault["input"], dict | list | BaseModel):
         return f"{field}: {message}"
     return f"{field} = {fault['input']!r}: {message}"
+
+
+def _known_fields(location: tuple[str | int, ...]) -> list[str]:
+    """Fields of the object in which an unknown one lies at `location`."""
+    found: Any = ServeConfig
+    for part in location[:-1]:
+        if part in getattr(found, "model_fields", {}):
+            found = found.model_fields[part].annotation
+        while get_args(found):  # an element of a list, dict or union
+            found = [kind for kind in get_args(found) if kind not in (str, type(None))][-1]
+    return list(found.model_fields)

@@ -9,6 +9,7 @@ TroupeError
 │   ├── ModelNotFound        404
 │   ├── PayloadTooLarge      413
 │   ├── QueueFull            429, carries `retry_after` in seconds
+│   │   └── TargetUnreachable    the latency target of the request cannot be met now
 │   └── ReplicaUnavailable   503: no replica could finish the request
 └── EngineError              our side failed: a shard died, a channel closed
     └── ShardFailed          names rank and node
@@ -80,6 +81,12 @@ class QueueFull(RequestError):
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class TargetUnreachable(QueueFull):
+    """The first token cannot come within the request's target any more, and its class wants to know at once (429)."""
+
+    code = "target_unreachable"
 
 
 class ReplicaUnavailable(RequestError):

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
-from hashlib import blake2b
 
+from .block_hash import extend_block_hashes
 from .block_pool import BlockPool
 from .sequence import Sequence
 
-_DIGEST_BYTES = 16
-
 
 class KVManager:
-    """Gives blocks to sequences and finds the prefixes that are in the cache already.
-
-    The hash of a full block covers its tokens and, through its parent's hash, everything before it; the chain begins
-    with the request's cache salt. Two blocks with equal hashes therefore hold the same keys and values.
-    """
+    """Gives blocks to sequences and finds the prefixes that are in the cache already, by `cluster/block_hash.py`."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         self.pool = BlockPool(num_blocks)
@@ -100,12 +93,4 @@ class KVManager:
         return 1 - used / held if held else 0.0
 
     def _hash_full_blocks(self, sequence: Sequence) -> None:
-        hashes, size = sequence.block_hashes, self.block_size
-        if hashes:
-            parent = hashes[-1]
-        else:
-            parent = blake2b(sequence.request.cache_salt.encode(), digest_size=_DIGEST_BYTES).digest()
-        for start in range(len(hashes) * size, len(sequence.tokens) // size * size, size):
-            content = array("I", sequence.tokens[start : start + size]).tobytes()
-            parent = blake2b(parent + content, digest_size=_DIGEST_BYTES).digest()
-            hashes.append(parent)
+        extend_block_hashes(sequence.block_hashes, sequence.tokens, self.block_size, sequence.request.cache_salt)

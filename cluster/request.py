@@ -6,6 +6,8 @@ import enum
 
 import msgspec
 
+from .latency_class import LatencyTargets
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is drawn. Ranges are checked by the ingress (`router/protocol.py`).
@@ -56,6 +58,8 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     """Lower is more urgent."""
     cache_salt: str = ""
     """Requests share cached prefixes only within the same salt."""
+    latency: LatencyTargets = LatencyTargets()
+    """Its latency class and targets, which decide its place in the queue."""
 
 
 class FinishReason(enum.StrEnum):

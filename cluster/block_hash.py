@@ -1,0 +1,38 @@
+"""The chained hashes that name a full KV block: equal hash, equal keys and values.
+
+The hash of a block covers its tokens and, through its parent's hash, everything before it; the chain begins with the
+request's cache salt. Schedulers find cached blocks by the whole hash. Ingresses, which only estimate where a prefix is
+warm, keep `short_hash`: a collision there costs a wrong guess and never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+DIGEST_BYTES = 16
+SHORT_BITS = 60
+"""Of a short hash: the largest integer that CPython keeps in two digits (32 bytes)."""
+_SHORT_MASK = (1 << SHORT_BITS) - 1
+
+
+def extend_block_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, salt: str) -> None:
+    """Append the hashes of the full blocks of `tokens` that are not in `hashes` yet."""
+    parent = hashes[-1] if hashes else blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
+    for start in range(len(hashes) * block_size, len(tokens) // block_size * block_size, block_size):
+        content = array("I", tokens[start : start + block_size]).tobytes()
+        parent = blake2b(parent + content, digest_size=DIGEST_BYTES).digest()
+        hashes.append(parent)
+
+
+def short_hash(digest: bytes) -> int:
+    """The first 60 bits of a block's hash."""
+    return int.from_bytes(digest[:8], "little") & _SHORT_MASK
+
+
+def short_block_hashes(tokens: Sequence[int], block_size: int, salt: str) -> list[int]:
+    """Short hashes of the full blocks of `tokens`, first block first."""
+    hashes: list[bytes] = []
+    extend_block_hashes(hashes, tokens, block_size, salt)
+    return [short_hash(digest) for digest in hashes]
