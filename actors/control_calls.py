@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from ..cluster.errors import EngineError, ReplicaUnavailable, RequestError
+from ..cluster.errors import EngineError, ReplicaUnavailable, RequestError, TargetUnreachable
 from ..cluster.messages import GenerateCall, GenerateReply
 from ..cluster.request import TokenOutput
 from .engine_loop import EngineLoop
@@ -19,6 +19,7 @@ class ControlCalls:
         self._sender = sender
         self._ended: dict[str, asyncio.Future[GenerateReply]] = {}
         self._failure: EngineError | None = None
+        engine.refuse = self.refuse
 
     async def serve(self, call: GenerateCall) -> GenerateReply:
         """Serve one request; returns when it has ended. Cancelling it aborts the request."""
@@ -46,6 +47,10 @@ class ControlCalls:
         for output in outputs:
             if output.finish_reason is not None:
                 self._end(output.request_id, GenerateReply())
+
+    def refuse(self, request_id: str, error: TargetUnreachable) -> None:
+        """End the call of a request that has waited in vain."""
+        self._end(request_id, reply_to(error))
 
     def abort_orphans(self) -> None:
         """Abort the requests whose ingress is gone. If it lives and just cannot be reached, the reply tells it."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 
+from ..cluster.errors import TargetUnreachable
 from ..cluster.request import EngineRequest, TokenOutput
 from ..cluster.scheduler import Scheduler
-from ..cluster.step import StepResult
+from ..cluster.step import StepPlan, StepResult
 from .executor import Executor
 
 
@@ -35,6 +37,11 @@ class EngineLoop:
         self.scheduler = scheduler
         self.last_progress = time.monotonic()
         """When a result came, or when work came after none was there."""
+        self.refuse: Callable[[str, TargetUnreachable], None] | None = None
+        """Told of every request that is refused after it has waited. Without it none is: nobody would learn of it."""
+        self._last_result = 0.0
+        self._submitted: deque[tuple[float, int, int]] = deque()
+        """Per plan in flight: when, its tokens of prompts, and its sequences that decode."""
         self._executor = executor
         self._publish = publish
         self._observe = observe
@@ -70,7 +77,7 @@ class EngineLoop:
                 await self._arrived.wait()
                 continue
             result = await self._executor.result()
-            self.last_progress = time.monotonic()
+            self._measure()
             outputs = self.scheduler.update(result)
             self._fill()  # before publishing: the shards come first
             if outputs:
@@ -80,5 +87,19 @@ class EngineLoop:
 
     def _fill(self) -> None:
         self._filling = False
+        if self.refuse is not None:
+            for request_id, error in self.scheduler.refuse_late():
+                self.refuse(request_id, error)
         while self.scheduler.num_in_flight < self.scheduler.max_in_flight and (plan := self.scheduler.schedule()):
-            self._executor.submit(plan)
+            self._submit(plan)
+
+    def _submit(self, plan: StepPlan) -> None:
+        self._executor.submit(plan)
+        self._submitted.append((time.monotonic(), sum(plan.counts[plan.decode_rows :]), plan.decode_rows))
+
+    def _measure(self) -> None:
+        """A step has ended. It began when it was submitted, or when the one before it ended."""
+        before, now = self._last_result, time.monotonic()
+        self._last_result = self.last_progress = now
+        submitted, prefill_tokens, decode_rows = self._submitted.popleft()
+        self.scheduler.pace.step_ended(now - max(before, submitted), prefill_tokens, decode_rows)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from ..cluster.request import FinishReason
 from ..cluster.scheduler_stats import RequestTimes, SchedulerSnapshot
 
 _TAGS = ("model_name", "replica")
+_CLASS_TAG = "latency_class"
 _QUEUE_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0]
 
 _COUNTERS = {
     "prefix_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     "preemptions": ("num_preemptions", "Running requests that gave their blocks back and are computed again."),
+    "refused_late": ("requests_refused_late", "Requests refused since their first token could not come in time."),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted requests."),
     "generated_tokens": ("generation_tokens", "Tokens generated."),
 }
@@ -49,8 +52,12 @@ class EngineMetrics:
             "troupe_request_queue_time_seconds",
             "From a request's arrival at the scheduler to its first step.",
             boundaries=_QUEUE_SECONDS,
-            tag_keys=_TAGS,
+            tag_keys=(*_TAGS, _CLASS_TAG),
         ).set_default_tags(self._tags)
+        self._finished = self._counter_by_class("requests_finished", "Requests served to their end.")
+        self._within_target = self._counter_by_class(
+            "requests_within_target", "Those whose first token and time per token met the targets of their class."
+        )
 
     def publish(self, snapshot: SchedulerSnapshot, finished: list[RequestTimes], totals: StepTotals) -> None:
         """Pass on the state of this moment and what has been counted since the last call."""
@@ -63,8 +70,13 @@ class EngineMetrics:
         self._advance("model_seconds", self._model_seconds, totals.model_seconds)
         self._advance("shard_seconds", self._shard_seconds, totals.shard_seconds)
         for request in finished:
+            tags = {_CLASS_TAG: request.latency_class}
             if request.queued is not None:
-                self._queue_time.observe(request.queued)
+                self._queue_time.observe(request.queued, tags)
+            if request.finish_reason is not FinishReason.ABORT:
+                self._finished.inc(1, tags)
+                if request.within_target:
+                    self._within_target.inc(1, tags)
 
     def _advance(self, name: str, counter: Counter, total: float) -> None:
         """Bring a counter to `total`."""
@@ -81,3 +93,6 @@ class EngineMetrics:
 
     def _counter(self, name: str, description: str) -> Counter:
         return Counter(f"troupe_{name}", description, tag_keys=_TAGS).set_default_tags(self._tags)
+
+    def _counter_by_class(self, name: str, description: str) -> Counter:
+        return Counter(f"troupe_{name}", description, tag_keys=(*_TAGS, _CLASS_TAG)).set_default_tags(self._tags)

@@ -74,14 +74,52 @@ def check_capacity(models: Sequence[ModelConfig], devices: Sequence[Device], cap
         )
 
 
-def shards_per_node(models: Sequence[ModelConfig], devices: Sequence[Device], device: Device, nodes: int) -> int:
-    """Shards on the fullest node if they are spread evenly."""
-    shards = sum(
-        model.replicas * model.shards_per_replica
-        for model, its_device in zip(models, devices, strict=True)
+def most_replicas(models: Sequence[ModelConfig], devices: Sequence[Device], capacity: Capacity) -> list[int]:
+    """Replicas that each model can have: its `max_replicas`, or fewer if the cluster has no room for so many beside
+    what all models start with."""
+    bundles = [replica_bundles(model, device) for model, device in zip(models, devices, strict=True)]
+    room = {"CPU": capacity.cpus, "GPU": capacity.gpus}
+    for resource in room:
+        room[resource] -= sum(
+            model.replicas * bundle.get(resource, 0.0)
+            for model, its_bundles in zip(models, bundles, strict=True)
+            for bundle in its_bundles
+        )
+    most = []
+    for model, its_bundles in zip(models, bundles, strict=True):
+        more = (model.replica_bounds or (0, model.replicas))[1] - model.replicas
+        for resource, left in room.items():
+            one = sum(bundle.get(resource, 0.0) for bundle in its_bundles)
+            if one:
+                more = min(more, max(0, int(left / one + 1e-9)))
+        most.append(model.replicas + more)
+    return most
+
+
+def scaling_notices(models: Sequence[ModelConfig], devices: Sequence[Device], capacity: Capacity) -> list[str]:
+    """One line for each model that cannot grow to its `max_replicas`. No reason to refuse: nodes may come later."""
+    return [
+        f"{model.name}: the cluster has room for {most} of max_replicas = {model.max_replicas}; "
+        "further replicas wait for nodes"
+        for model, most in zip(models, most_replicas(models, devices, capacity), strict=True)
+        if model.max_replicas is not None and most < model.max_replicas
+    ]
+
+
+def shards_per_node(
+    models: Sequence[ModelConfig], devices: Sequence[Device], device: Device, capacity: Capacity
+) -> int:
+    """Shards on the fullest node if they are spread evenly and each model has as many replicas as it can have: what a
+    replica takes at its start must leave the others their share."""
+    on_device = [
+        (model, most)
+        for model, its_device, most in zip(models, devices, most_replicas(models, devices, capacity), strict=True)
         if its_device == device
-    )
-    return -(-shards // nodes)
+    ]
+    at_start = sum(model.replicas * model.shards_per_replica for model, _ in on_device)
+    at_most = sum(most * model.shards_per_replica for model, most in on_device)
+    room = _room(device, [model for model, _ in on_device], capacity)  # each could grow, but not all of them
+    return -(-max(at_start, min(at_most, room)) // capacity.nodes)
 
 
 def _room(device: Device, models: Sequence[ModelConfig], capacity: Capacity) -> int:

@@ -14,17 +14,21 @@ import msgspec
 import ray
 from ray import serve
 
+from ..cluster.autoscaling import replica_metrics
 from ..cluster.cpu_affinity import keep_off_shards, plan_this_node
 from ..cluster.errors import EngineError, ShardFailed
 from ..cluster.kv_memory import KVMemory
-from ..cluster.messages import GenerateCall
+from ..cluster.messages import GenerateCall, SubscribeCall
+from ..cluster.queue_time import queue_seconds
 from ..cluster.request import TokenOutput
 from ..cluster.scheduler import Scheduler
 from ..cluster.startup import describe_startup
 from ..cluster.step import StepResult
+from ..cluster.utilisation import UtilisationMeter
 from .control_calls import ControlCalls
 from .engine_loop import EngineLoop
 from .engine_metrics import EngineMetrics, StepTotals
+from .load_reporter import HEARTBEAT_SECONDS, LoadReporter
 from .repetition import repeat
 from .replica_settings import ReplicaSettings
 from .reporter import Reporter
@@ -77,7 +81,18 @@ class SchedulerReplica:
     async def generate(self, payload: bytes) -> bytes:
         """Serve one request: `GenerateCall` in, `GenerateReply` out when it has ended, both msgpack."""
         assert self._calls is not None, "the engine starts before Serve calls"
-        return self._encoder.encode(await self._calls.serve(self._decoder.decode(payload)))
+        call = self._decoder.decode(payload)
+        self._load_reporter.accept(call.request.request_id)
+        asyncio.get_running_loop().call_soon(self._load_reporter.publish)  # when it is in the scheduler
+        try:
+            return self._encoder.encode(await self._calls.serve(call))
+        finally:
+            self._load_reporter.publish()
+
+    async def subscribe(self, payload: bytes) -> bytes:
+        """Report as this `SubscribeCall` (msgpack) says, from now on; returns the replica's name."""
+        self._load_reporter.subscribe(msgspec.msgpack.decode(payload, type=SubscribeCall).reports_to)
+        return self._replica.encode()
 
     async def engine_stats(self) -> dict[str, object]:
         """The scheduler's snapshot, the replica's name and whether the engine's invariants hold (None or the fault)."""
@@ -87,6 +102,17 @@ class SchedulerReplica:
         except AssertionError as error:
             fault = str(error)
         return {"replica": self._replica, "fault": fault, **msgspec.to_builtins(self._scheduler.snapshot())}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy decides from (`cluster/autoscaling.py`). Serve asks every second or so."""
+        load, totals = self._scheduler.load(), self._scheduler.stats
+        utilisation = self._utilisation.measure(
+            load,
+            computed_tokens=totals.prompt_tokens - totals.prefix_hits,
+            generated_tokens=totals.generated_tokens,
+            now=time.monotonic(),
+        )
+        return replica_metrics(queue_seconds(load), utilisation)
 
     async def check_health(self) -> None:
         """Healthy means that steps make progress.
@@ -107,6 +133,7 @@ class SchedulerReplica:
         self._executor.close()
         self._shards.kill()
         self._sender.close()
+        self._load_reporter.close()
         self._reporter.close()
 
     # --- start ----------------------------------------------------------------------------------------------------
@@ -131,8 +158,10 @@ class SchedulerReplica:
         settings = self._settings
         self._scheduler = Scheduler(settings.scheduler_config(memory.num_blocks))
         self._totals = StepTotals()
+        self._utilisation = UtilisationMeter()
         self._engine = EngineLoop(self._scheduler, self._executor, self._publish, self._observe)
         self._calls = ControlCalls(self._engine, self._sender)
+        self._load_reporter = LoadReporter(settings.name, self._replica, self._scheduler.kv.pool, self._scheduler.load)
         metrics = EngineMetrics(settings.name, self._replica)
 
         def publish_metrics() -> None:
@@ -142,6 +171,7 @@ class SchedulerReplica:
             asyncio.create_task(self._run()),
             asyncio.create_task(repeat(publish_metrics, METRICS_SECONDS)),
             asyncio.create_task(repeat(self._calls.abort_orphans, WATCH_SECONDS)),
+            asyncio.create_task(repeat(self._load_reporter.watch, HEARTBEAT_SECONDS)),
         ]
 
     # --- running --------------------------------------------------------------------------------------------------
@@ -165,6 +195,7 @@ class SchedulerReplica:
         self._totals.steps += 1
         self._totals.model_seconds += result.model_seconds
         self._totals.shard_seconds += result.total_seconds
+        self._load_reporter.publish()
 
     # --- failure --------------------------------------------------------------------------------------------------
 

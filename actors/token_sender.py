@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
-import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from ..cluster.messages import Endpoint, TokenBatch
 from ..cluster.request import TokenOutput
 from ..cluster.secure_socket import SecureContext
+from .ingress_connection import IngressConnection
 
 MESSAGE_SECONDS = 0.02
 """Between messages of a replica to the same ingress: 50 a second look like a steady stream to a reader."""
@@ -25,17 +23,13 @@ FEW_OUTPUTS = 8
 """So few do not wait: with little to send, nobody needs the time that a message saves."""
 KEEP_SECONDS = 60.0
 """An ingress without requests keeps its connection so long, which saves the next request the CURVE handshake."""
-CONNECT_SECONDS = 10.0
-"""A new connection may take so long."""
-RECONNECT_SECONDS = 2.0
-"""A broken connection may take so long to come back; ZeroMQ tries ten times a second."""
 
 
-class _Outlet:
-    """The connection to one ingress."""
+class _Outlet(IngressConnection):
+    """The connection to one ingress, and what waits for it."""
 
-    def __init__(self, socket: zmq.Socket[Any], now: float) -> None:
-        self.socket = socket
+    def __init__(self, context: SecureContext, endpoint: Endpoint, now: float) -> None:
+        super().__init__(context, endpoint, now)
         self.requests = 0
         self.last_used = now
         self.batch: list[TokenOutput] = []
@@ -46,25 +40,12 @@ class _Outlet:
         """What is not urgent waits until then, …"""
         self.timer: asyncio.TimerHandle | None = None
         """… which this one watches."""
-        self.dead_at: float | None = now + CONNECT_SECONDS
-        """When the ingress is given up unless it connects before; None: it is connected."""
-
-    def look(self, now: float) -> None:
-        """Take in what has happened to the connection."""
-        monitor = self.socket.get_monitor_socket()
-        while monitor.poll(0):
-            event = parse_monitor_message(monitor.recv_multipart())["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.dead_at = None
-            elif self.dead_at is None:
-                self.dead_at = now + RECONNECT_SECONDS
 
     def close(self, linger_ms: int) -> None:
         """Close the connection, after at most `linger_ms` for what is queued."""
         if self.timer is not None:
             self.timer.cancel()
-        self.socket.disable_monitor()
-        self.socket.close(linger_ms)
+        super().close(linger_ms)
 
 
 class TokenSender:
@@ -93,10 +74,7 @@ class TokenSender:
         outlet = self._outlets.get(endpoint)
         if outlet is None:
             self._close_unused()
-            socket = self._context.connect(
-                zmq.PUSH, endpoint, watch=zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-            )
-            outlet = self._outlets[endpoint] = _Outlet(socket, self._clock())
+            outlet = self._outlets[endpoint] = _Outlet(self._context, endpoint, self._clock())
         outlet.requests += 1
         self._by_request[request_id] = outlet
 
@@ -133,7 +111,7 @@ class TokenSender:
             outlet.timer = None
         # Without a high-water mark the message is queued in memory even if the ingress reads nothing; its size is
         # bounded by the requests of that ingress, which end or are aborted when it dies (`drop_unreachable`).
-        outlet.socket.send(self._encoder.encode(TokenBatch(outlet.batch)), zmq.DONTWAIT)
+        outlet.send(self._encoder.encode(TokenBatch(outlet.batch)))
         outlet.batch, outlet.urgent = [], False
         if self._interval_s:
             outlet.next_message = self._clock() + self._interval_s
@@ -146,8 +124,7 @@ class TokenSender:
         now = self._clock()
         gone: set[_Outlet] = set()
         for endpoint, outlet in list(self._outlets.items()):
-            outlet.look(now)
-            if outlet.dead_at is not None and outlet.dead_at <= now:
+            if outlet.is_gone(now):
                 gone.add(outlet)
                 self._outlets.pop(endpoint).close(linger_ms=0)
         if not gone:

@@ -7,6 +7,7 @@ warm, keep `short_hash`: a collision there costs a wrong guess and never a wrong
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -19,10 +20,13 @@ _SHORT_MASK = (1 << SHORT_BITS) - 1
 
 def extend_block_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, salt: str) -> None:
     """Append the hashes of the full blocks of `tokens` that are not in `hashes` yet."""
+    done, full = len(hashes) * block_size, len(tokens) // block_size * block_size
+    if done >= full:
+        return
     parent = hashes[-1] if hashes else blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
-    for start in range(len(hashes) * block_size, len(tokens) // block_size * block_size, block_size):
-        content = array("I", tokens[start : start + block_size]).tobytes()
-        parent = blake2b(parent + content, digest_size=DIGEST_BYTES).digest()
+    content, size = array("I", tokens[done:full]).tobytes(), 4 * block_size
+    for start in range(0, len(content), size):
+        parent = blake2b(parent + content[start : start + size], digest_size=DIGEST_BYTES).digest()
         hashes.append(parent)
 
 
@@ -35,4 +39,7 @@ def short_block_hashes(tokens: Sequence[int], block_size: int, salt: str) -> lis
     """Short hashes of the full blocks of `tokens`, first block first."""
     hashes: list[bytes] = []
     extend_block_hashes(hashes, tokens, block_size, salt)
-    return [short_hash(digest) for digest in hashes]
+    words = array("Q", b"".join(hashes))
+    if sys.byteorder == "big":
+        words.byteswap()
+    return [word & _SHORT_MASK for word in words[:: DIGEST_BYTES // 8]]

@@ -32,6 +32,9 @@ class BlockPool:
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._unheld: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._events: dict[bytes, bool] | None = None
+        """Contents that can be found now and could not when events were last drained (True), or the reverse (False); at
+        most twice as many as blocks. None: nobody listens."""
 
     @property
     def capacity(self) -> int:
@@ -59,6 +62,7 @@ class BlockPool:
             if content is not None:
                 del self._block_of[content]
                 self._hash_of[block] = None
+                self._record(content, found=False)
         return blocks
 
     def find(self, content: bytes) -> int | None:
@@ -84,6 +88,7 @@ class BlockPool:
         if self._hash_of[block] is None and content not in self._block_of:
             self._hash_of[block] = content
             self._block_of[content] = block
+            self._record(content, found=True)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference from each block of a sequence, given in sequence order.
@@ -99,6 +104,31 @@ class BlockPool:
                 if self._hash_of[block] is None:
                     self._unheld.move_to_end(block, last=False)
 
+    def cached_contents(self) -> list[bytes]:
+        """The hashes of all prefixes that can be found now."""
+        return list(self._block_of)
+
+    def record_events(self, on: bool) -> None:
+        """Begin to record what `drain_events` returns, from now on, or stop."""
+        self._events = {} if on else None
+
+    def drain_events(self) -> tuple[list[bytes], list[bytes]]:
+        """Hashes that have become findable since the last call (or since recording began), and that have ceased to be.
+
+        What came and went in between is in neither.
+        """
+        if not self._events:
+            return [], []
+        events, self._events = self._events, {}
+        return [content for content, found in events.items() if found], [
+            content for content, found in events.items() if not found
+        ]
+
+    def _record(self, content: bytes, *, found: bool) -> None:
+        # An event that is there already is of the other kind, and both together are none.
+        if self._events is not None and self._events.pop(content, found) == found:
+            self._events[content] = found
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless counts, queue and hash index agree."""
         assert self._references[NULL_BLOCK] == 0, "the null block is held"
@@ -110,3 +140,5 @@ class BlockPool:
             content = self._hash_of[block]
             assert content is None or self._block_of.get(content) == block, f"block {block}: hash index disagrees"
         assert len(self._block_of) == sum(content is not None for content in self._hash_of), "hash index has strays"
+        for content, found in (self._events or {}).items():
+            assert (content in self._block_of) == found, f"the event of {content!r} is not its state"

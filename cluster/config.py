@@ -49,6 +49,10 @@ class ModelConfig(StrictModel):
     tensor_parallel_size: int = Field(1, ge=1, le=64)
     pipeline_parallel_size: int = Field(1, ge=1, le=64)
     replicas: int = Field(1, ge=1, le=1024)
+    """At the start; the number stays if neither of the next two is given."""
+    min_replicas: int | None = Field(None, ge=1, le=1024)
+    max_replicas: int | None = Field(None, ge=1, le=1024)
+    """Bounds of autoscaling (`cluster/autoscaling.py`); one that is not given is `replicas`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     """Where weights come from; "dummy": random ones of the right shapes, so that config.json suffices."""
@@ -84,6 +88,31 @@ class ModelConfig(StrictModel):
             raise ValueError("must be a power of two")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _starts_with_the_least(cls, data: Any) -> Any:
+        """Without `replicas`, a model with `min_replicas` starts with those."""
+        least = data.get("min_replicas") if isinstance(data, dict) else None
+        if isinstance(least, int) and least >= 1 and "replicas" not in data:
+            return {**data, "replicas": least}
+        return data
+
+    @model_validator(mode="after")
+    def _replicas_are_within_bounds(self) -> ModelConfig:
+        least, most = self.min_replicas, self.max_replicas
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_replicas ({least}) must be at most max_replicas ({most})")
+        if least is not None and self.replicas < least:
+            raise ValueError(
+                f"replicas ({self.replicas}), with which the model starts, must be at least min_replicas ({least}); "
+                "leave replicas out to start with min_replicas"
+            )
+        if most is not None and self.replicas > most:
+            raise ValueError(
+                f"replicas ({self.replicas}), with which the model starts, must be at most max_replicas ({most})"
+            )
+        return self
+
     @model_validator(mode="after")
     def _budget_fits_sequences(self) -> ModelConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -97,6 +126,13 @@ class ModelConfig(StrictModel):
     def name(self) -> str:
         """Name in the API."""
         return self.served_model_name or Path(self.model.rstrip("/")).name
+
+    @property
+    def replica_bounds(self) -> tuple[int, int] | None:
+        """Least and most replicas; None: their number is fixed."""
+        if self.min_replicas is None and self.max_replicas is None:
+            return None
+        return self.min_replicas or self.replicas, self.max_replicas or self.replicas
 
     @property
     def shards_per_replica(self) -> int:
@@ -114,7 +150,7 @@ class ServeConfig(StrictModel):
     ingress_replicas: int = Field(1, ge=1, le=256)
     max_body_bytes: Bytes = 8 * 2**20
     """Larger request bodies are refused with 413."""
-    router: RouterConfig = RouterConfig()  # type: ignore[call-arg]
+    router: RouterConfig = RouterConfig()
     """Which model and replica answer."""
 
     @model_validator(mode="after")

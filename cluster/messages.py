@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .price import TokenPrices
 from .request import EngineRequest, TokenOutput
 
 
@@ -31,6 +32,15 @@ class GenerateCall(msgspec.Struct):
 
     request: EngineRequest
     reply_to: Endpoint
+    target: str = ""
+    """The replica that was chosen for it, by Serve's unique id; "": any."""
+
+
+class SubscribeCall(msgspec.Struct):
+    """Control message: send reports (`cluster/replica_report.py`) there from now on, first of all a snapshot."""
+
+    reports_to: Endpoint
+    target: str = ""
 
 
 class GenerateReply(msgspec.Struct):
@@ -61,6 +71,21 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """temperature, top_p, top_k, repetition_penalty of the model's generation_config.json."""
     created: int = 0
     """Unix seconds."""
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_num_waiting: int = 1024
+    """Limits of a replica's scheduler."""
+    price_per_hour: float | None = None
+    """Dollars a replica, if the configuration says so."""
+    estimated_prices: TokenPrices = TokenPrices(0.0, 0.0, estimated=True)
+    """Used without one."""
+    weight_bytes: int = 0
+    """Of one replica: the largest model is taken for the best one where nothing was measured."""
+    accuracy: float | None = None
+    """Share of the questions of its evaluation that it answers right, 0 to 1."""
+    task_accuracy: dict[str, float] = {}
+    """The same by task."""
 
 
 class LoadProgress(msgspec.Struct, tag=True):

@@ -23,7 +23,8 @@ class StepCurve(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
-    """The work of one replica at one moment. `yielding_…` is the part of it that is of class `batch`."""
+    """The work of one replica at one moment. `yielding_…` is the part of it that gives way to all other: class `batch`,
+    but for a few sequences whose turn has come."""
 
     running: int
     """Sequences that hold blocks."""
@@ -32,8 +33,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """Sequences that wait for blocks or a slot."""
     yielding_waiting: int
     prefill_tokens: int
-    """Known tokens that no plan has scheduled, of running and waiting sequences (cached prefixes of waiting sequences
-    are counted, since nobody has looked yet)."""
+    """Known tokens that no plan has scheduled, of running sequences, and of waiting ones as many as are likely not to be
+    found in the cache."""
     yielding_prefill_tokens: int
     free_blocks: int
     """Blocks that can be allocated now, cached ones included."""

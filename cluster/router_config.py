@@ -18,8 +18,8 @@ AUTO = "auto"
 class LatencyClassConfig(StrictModel):
     """Targets of one latency class; what is not given stays as `DEFAULT_TARGETS` has it."""
 
-    ttft_target_ms: float | None = Field(None, gt=0, le=86_400_000)
-    tpot_target_ms: float | None = Field(None, gt=0, le=86_400_000)
+    ttft_target_ms: float | None = Field(default=None, gt=0, le=86_400_000)
+    tpot_target_ms: float | None = Field(default=None, gt=0, le=86_400_000)
     refuse_late: bool | None = None
     """Refuse a request (429) whose first token cannot come in time, instead of serving it late."""
 
@@ -33,8 +33,8 @@ class RuleConfig(StrictModel):
     """Models that may answer; the cost function chooses among them."""
     pattern: str | None = None
     """Regular expression, searched in the last message of the user (or the prompt)."""
-    min_prompt_tokens: int | None = Field(None, ge=0)
-    max_prompt_tokens: int | None = Field(None, ge=0)
+    min_prompt_tokens: int | None = Field(default=None, ge=0)
+    max_prompt_tokens: int | None = Field(default=None, ge=0)
     latency_class: Literal["interactive", "default", "batch", "explicit"] | None = None
     tools: bool | None = None
     """The conversation has calls of tools or their results, or offers tools."""
@@ -56,23 +56,26 @@ class EscalationConfig(StrictModel):
     """Let a small model draft the first tokens unseen, and a better one answer if the draft looks unsure."""
 
     draft: str
-    tokens: int = Field(8, ge=1, le=256)
-    min_logprob: float = Field(-0.5, le=0)
+    tokens: int = Field(default=8, ge=1, le=256)
+    min_logprob: float = Field(default=-0.5, le=0)
     """Mean log-probability of the drafted tokens, below which the better model answers instead."""
 
 
 class CostWeights(StrictModel):
     """Weights of the cost function (`router/cost.py`). Every term is without unit: 1 is as much as its limit."""
 
-    ttft: float = Field(1.0, ge=0)
+    ttft: float = Field(default=1.0, ge=0)
     """Of the predicted time to the first token, in units of the target."""
-    tpot: float = Field(1.0, ge=0)
+    tpot: float = Field(default=1.0, ge=0)
     """Of the predicted time per token, in units of the target."""
-    delay: float = Field(1.0, ge=0)
-    """Of the time that computing the prompt takes from the requests that run there, in units of the TTFT target."""
-    price: float = Field(1.0, ge=0)
+    late: float = Field(default=10.0, ge=0)
+    """Of what either exceeds its target by, in units of the target."""
+    delay: float = Field(default=0.5, ge=0)
+    """Of the time that computing the prompt takes from other requests, in units of the TTFT target: less spreads hot
+    prefixes faster, more keeps caches apart."""
+    price: float = Field(default=1.0, ge=0)
     """Of the price, in units of the dearest candidate's."""
-    switch: float = Field(0.1, ge=0)
+    switch: float = Field(default=0.1, ge=0)
     """Of answering a session with another model than its last one."""
 
 
@@ -85,13 +88,13 @@ class RouterConfig(StrictModel):
     rules: list[RuleConfig] = Field(default_factory=list)
     classifier: str | None = None
     """File that `troupe router fit` has written. Without one the best model of a group answers."""
-    quality: float = Field(0.99, gt=0, le=1)
+    quality: float = Field(default=0.99, gt=0, le=1)
     """Share of the best model's right answers that has to be kept; decides how sure of a cheaper model to be."""
     shadow: bool = False
     """Decide and log which model would answer, but let the best one answer."""
     escalation: EscalationConfig | None = None
-    weights: CostWeights = CostWeights()  # type: ignore[call-arg]
-    index_blocks: int = Field(1_000_000, ge=1, le=100_000_000)
+    weights: CostWeights = CostWeights()
+    index_blocks: int = Field(default=1_000_000, ge=1, le=100_000_000)
     """KV blocks whose places an ingress remembers at most."""
     salt_by_api_key: bool = False
     """Share cached prefixes only among requests with the same API key."""
@@ -108,13 +111,15 @@ class RouterConfig(StrictModel):
         for name, members in self.groups.items():
             if not members:
                 raise ValueError(f"group {name!r} is empty; name the models that may answer")
+            if len(set(members)) < len(members):
+                raise ValueError(f"group {name!r} names a model twice: {', '.join(members)}")
         return self
 
     def targets(self) -> dict[str, LatencyTargets]:
         """The classes by name, with their configured targets."""
         found = {}
         for name, default in DEFAULT_TARGETS.items():
-            given = self.classes.get(name, LatencyClassConfig())  # type: ignore[call-arg]
+            given = self.classes.get(name, LatencyClassConfig())
             found[name] = msgspec.structs.replace(
                 default,
                 ttft=default.ttft if given.ttft_target_ms is None else given.ttft_target_ms / 1000,

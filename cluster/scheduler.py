@@ -3,7 +3,11 @@
 There is no prefill phase and no decode phase. A request has *known* tokens and *scheduled* tokens, and every step
 gives each request a share of the token budget to catch up (`cluster/sequence.py` draws it). Memory is decided here
 alone: a request is admitted when the block pool can hold all its known tokens, and when a running one needs a block
-that the pool does not have, the least urgent running one gives its blocks back and is computed again later.
+that the pool does not have, the least urgent running one gives its blocks back and is computed again later
+(`cluster/running_set.py`).
+
+The most urgent is whose first token is due first. Work of class `batch` *yields*: it comes after all other work, has no
+part in steps that compute others' prompts, and takes no more of a step than others' targets allow (`cluster/pace.py`).
 
 `schedule()` and `update()` may be called in any order as long as results come in the order of the plans: several
 plans can be in flight. With one pipeline stage the shards feed the token that they have just sampled, so a sequence
@@ -14,25 +18,33 @@ tokens go out again with the next plan.
 from __future__ import annotations
 
 import time
-from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from operator import attrgetter
+from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 
-from .errors import InvalidRequest, QueueFull
+from .errors import InvalidRequest, QueueFull, TargetUnreachable
 from .kv_manager import KVManager
+from .late_requests import LateRequests
+from .overdue import Overdue
+from .pace import Pace
+from .replica_report import ReplicaLoad
 from .request import EngineRequest, FinishReason, TokenOutput
 from .request_checks import check_request
+from .running_set import RunningSet
 from .scheduler_stats import RequestTimes, SchedulerSnapshot, SchedulerStats
 from .sequence import Sequence, Status
 from .step import NewSequence, StepPlan, StepResult
 from .waiting_queue import WaitingQueue
+from .yielding import NOTHING, WAIT, PromptBudget, YieldingRules
 
 PRIORITY_SECONDS = 30.0
-"""One step of priority is worth this much waiting: urgency is arrival + priority × 30 s, fixed at arrival. In time,
-every request is more urgent than all that come after it: nothing starves."""
+"""One step of priority is worth this much waiting: a request is due at arrival + target for the first token +
+priority × 30 s, fixed at arrival. In time every request is more urgent than all that come later: nothing starves."""
+OVERDUE_SHARE = 8
+"""One of so many slots is for work that yields and has waited longer than its target: it yields no longer."""
 
 Chunk = tuple[Sequence, int, int]
 """(sequence, first position, tokens): a sequence's share of a step."""
@@ -52,8 +64,17 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
 
 
+class _InFlight(NamedTuple):
+    """A plan without a result."""
+
+    step: int
+    sampling: list[Sequence]
+    seconds: float
+    """Predicted; 0 while the speed is not known."""
+
+
 class Scheduler:
-    """Continuous batching with chunked prefill, priorities and preemption by recompute."""
+    """Continuous batching with chunked prefill, deadlines, priorities and preemption by recompute."""
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
@@ -62,16 +83,21 @@ class Scheduler:
         assert longest <= self.kv.pool.capacity, "the cache must hold one request of full length (cluster/kv_memory.py)"
         self.max_in_flight = max(2, config.pipeline_stages)
         self.stats = SchedulerStats()
+        self.pace = Pace()
         self._self_feeding = config.pipeline_stages == 1
-        self._watermark = config.num_blocks // 100
         self._clock = clock
         self._arrivals = 0
         self._step = 0
         self._waiting = WaitingQueue()
-        self._running: list[Sequence] = []  # by urgency
+        self._running = RunningSet(self.kv, config.max_num_seqs, config.num_blocks // 100, self._requeue)
+        budget = config.max_num_batched_tokens
+        self._late = LateRequests(self._running, self._waiting, self.kv, self.pace, budget)
+        self._yielding = YieldingRules(
+            self._running, self._waiting, self.kv, self.pace, budget, one_stage=config.pipeline_stages == 1
+        )
+        self._overdue = Overdue(max(1, config.max_num_seqs // OVERDUE_SHARE))
         self._by_id: dict[str, Sequence] = {}
-        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -81,6 +107,7 @@ class Scheduler:
         Raises:
             QueueFull: `max_num_waiting` requests wait already. A request with `generated` tokens is let in all the
                 same: its client has begun to read.
+            TargetUnreachable: it wants to know, and its first token cannot come in time after all more urgent prompts.
             InvalidRequest: the request id is in use, or as `check_request`.
         """
         limit = self.config.max_model_len
@@ -93,12 +120,18 @@ class Scheduler:
                 "try again later",
                 retry_after=1,
             )
-        now = self._clock()
+        now, latency = self._clock(), request.latency
         self._arrivals += 1
-        urgency = (now + request.priority * PRIORITY_SECONDS, self._arrivals)
-        sequence = Sequence(request, limit, now, urgency)
+        due = now + latency.ttft + request.priority * PRIORITY_SECONDS
+        sequence = Sequence(request, limit, now, (latency.yields, due, self._arrivals))
+        if (refusal := self._late.refusal_of(sequence, now)) is not None:
+            self.stats.refused_late += 1
+            raise refusal
         self._by_id[request.request_id] = sequence
+        if sequence.yields:
+            self._overdue.add(sequence)
         self._waiting.push(sequence)
+        self._late.watch(sequence)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its blocks at once; False if it is not here (any more)."""
@@ -107,6 +140,31 @@ class Scheduler:
             return False
         self._finish(sequence, FinishReason.ABORT)
         return True
+
+    def refuse_late(self) -> list[tuple[str, TargetUnreachable]]:
+        """Forget waiting requests whose first token cannot come in time any more, if they want to know; what to tell
+        their clients. Call it before every step: it costs nothing while there are none."""
+        refused: list[tuple[str, TargetUnreachable]] = []
+        now = self._clock() if self._late else 0.0
+        while (sequence := self._late.take(now)) is not None:
+            refused.append((sequence.request.request_id, self._late.refusal(sequence, now)))
+            self._forget(sequence)
+        self.stats.refused_late += len(refused)
+        return refused
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """A running sequence was preempted."""
+        self.stats.preemptions += 1
+        self._waiting.push(sequence)
+        self._late.watch(sequence)
+
+    def _stop_yielding(self, sequence: Sequence) -> None:
+        if sequence.status is Status.RUNNING:
+            self._running.stop_yielding(sequence)
+        else:
+            self._waiting.remove(sequence)
+            sequence.stop_yielding()
+            self._waiting.push(sequence)
 
     @property
     def has_work(self) -> bool:
@@ -132,21 +190,31 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now."""
-        self._yield_to_urgent()
+        now = self._clock()
+        while (overdue := self._overdue.take(now)) is not None:
+            self._stop_yielding(overdue)
+        head = self._waiting.head()
+        if head is not None and not head.pending:
+            self._running.make_room(head)
+        yielding_share = self._yielding.share([plan.seconds for plan in self._in_flight], now)
+        if yielding_share == WAIT:
+            return None
+        running = len(self._running)
+        visible = running - self._running.tally.yielding if yielding_share == NOTHING else running
         plan = StepPlan(self._step, [], [], [], [], [], 0, [], [])
         sampling: list[Sequence] = []
         # With pipeline stages every plan in flight takes its part of the sequences, so that all stages have work: of
         # those that run now, and of as many as may run at once where new ones are taken in.
         stages, limit = self.config.pipeline_stages, self.config.max_num_seqs
-        max_running_rows = limit if stages == 1 else -(-len(self._running) // stages)
+        max_running_rows = limit if stages == 1 else -(-running // stages)
         max_rows = limit if stages == 1 else -(-min(len(self._by_id), limit) // stages)
         preempted = self.stats.preemptions
-        self._plan_single_tokens(plan, sampling, max_running_rows)
-        budget = self.config.max_num_batched_tokens - len(plan.slots)
-        chunks = self._plan_chunks(budget, max_running_rows - len(plan.slots))
-        if self.stats.preemptions == preempted:  # else whoever was admitted now could be preempted in the next step
-            budget -= sum(count for _, _, count in chunks)
-            chunks += self._admit(plan, budget, max_rows - len(plan.slots) - len(chunks))
+        self._plan_single_tokens(plan, sampling, visible, max_running_rows)
+        singles = len(plan.slots)
+        # Whoever were admitted after a preemption could be preempted in the next step.
+        admitted_rows = max_rows - singles if self.stats.preemptions == preempted else 0
+        budget = PromptBudget(self.config.max_num_batched_tokens - singles, yielding_share)
+        chunks = self._plan_prompts(plan, budget, visible, max_running_rows - singles, admitted_rows)
         chunks.sort(key=lambda chunk: chunk[2] != 1)  # single tokens first; a stable sort keeps the rest in order
         for sequence, start, count in chunks:
             plan.slots.append(sequence.slot)
@@ -159,14 +227,17 @@ class Scheduler:
         if not plan.slots:
             return None
         plan.decode_rows = len(plan.counts) - sum(count != 1 for _, _, count in chunks)
+        seconds = self.pace.step_seconds(sum(plan.counts[plan.decode_rows :]), plan.decode_rows)
+        self._in_flight.append(_InFlight(plan.step, sampling, seconds))
         self._step += 1
-        self._in_flight.append((plan.step, sampling))
         return plan
 
-    def _plan_single_tokens(self, plan: StepPlan, sampling: list[Sequence], max_rows: int) -> None:
-        """Rows for running sequences that lack one token. The hot loop: one pass, no calls unless a block is full."""
+    def _plan_single_tokens(self, plan: StepPlan, sampling: list[Sequence], visible: int, max_rows: int) -> None:
+        """Rows for those of the first `visible` running sequences that lack one token. The hot loop: one pass, no calls
+        unless a block is full."""
         slots, starts, size, self_feeding = plan.slots, plan.starts, self.config.block_size, self._self_feeding
-        for sequence in self._running:  # victims of a preemption leave at the end of the list, not yet visited
+        # Victims of a preemption leave at the end of the list, not yet visited.
+        for sequence in islice(self._running.sequences, visible):
             start, known = sequence.scheduled, len(sequence.tokens)
             end = known + sequence.pending if self_feeding else known
             if end - start != 1 or end >= sequence.max_len:
@@ -174,7 +245,7 @@ class Scheduler:
             if len(slots) >= max_rows:
                 break
             if start >= len(sequence.blocks) * size:
-                block = self._grow(sequence)
+                block = self._running.grow(sequence)
                 if block is None:
                     break  # the sequence, which was the least urgent, gave way itself
                 plan.new_blocks.append((sequence.slot, [block]))
@@ -188,50 +259,62 @@ class Scheduler:
         plan.counts.extend([1] * len(slots))
         plan.samples.extend([True] * len(slots))
 
-    def _plan_chunks(self, budget: int, max_rows: int) -> list[Chunk]:
-        """Shares of the budget for running sequences that lack several tokens, which they have blocks for already."""
+    def _plan_prompts(
+        self, plan: StepPlan, budget: PromptBudget, visible: int, max_rows: int, max_admitted_rows: int
+    ) -> list[Chunk]:
+        """Shares of the budget, by urgency, for the first `visible` running sequences, which have blocks for all that
+        they lack, and for waiting ones."""
         chunks: list[Chunk] = []
-        for sequence in self._running:
-            if budget <= 0 or len(chunks) >= max_rows:
-                break
-            missing = len(sequence.tokens) - sequence.scheduled
-            if missing > 1:
-                chunks.append(self._take_chunk(sequence, budget))
-                budget -= chunks[-1][2]
+        if self._running.tally.lacking:
+            for sequence in [member for member in islice(self._running.sequences, visible) if member.lacking]:
+                self._admit(plan, budget, chunks, max_admitted_rows, before=sequence)
+                share = budget.share(sequence)
+                if share > 0 and len(chunks) < max_rows:
+                    chunks.append(self._take_chunk(sequence, share))
+                    budget.spend(sequence, chunks[-1][2])
+        self._admit(plan, budget, chunks, max_admitted_rows)
         return chunks
 
-    def _admit(self, plan: StepPlan, budget: int, max_rows: int) -> list[Chunk]:
-        """Take waiting sequences in, in strict order of urgency, while blocks for all their known tokens are free."""
-        chunks: list[Chunk] = []
-        while budget > 0 and len(chunks) < max_rows and self._free_slots:
+    def _admit(
+        self, plan: StepPlan, budget: PromptBudget, chunks: list[Chunk], max_rows: int, before: Sequence | None = None
+    ) -> None:
+        """Take waiting sequences in, in strict order of urgency, while blocks for all their known tokens are free; only
+        those more urgent than `before`."""
+        while len(chunks) < max_rows:
             sequence = self._waiting.head()
             if sequence is None or sequence.pending:  # a plan in flight still samples its newest token
                 break
+            share = budget.share(sequence)
+            if share <= 0 or (before is not None and before.urgency < sequence.urgency):
+                break
             prefix = self.kv.cached_prefix(sequence)
-            if self.kv.shortage(sequence, prefix) + (self._watermark if self._running else 0) > 0:
+            if not self._running.fits(sequence, prefix) and budget.leaves_yielding_out:
+                self._running.make_room(sequence, only_yielding=True)
+                prefix = self.kv.cached_prefix(sequence)
+            if not self._running.fits(sequence, prefix):
                 break
             self._waiting.remove(sequence)
             self._start(plan, sequence, prefix)
-            chunks.append(self._take_chunk(sequence, budget))
-            budget -= chunks[-1][2]
-        return chunks
+            chunks.append(self._take_chunk(sequence, share))
+            budget.spend(sequence, chunks[-1][2])
 
-    def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+    def _take_chunk(self, sequence: Sequence, share: int) -> Chunk:
         start = sequence.scheduled
-        count = min(len(sequence.tokens) - start, budget)
+        missing = len(sequence.tokens) - start
+        count = min(missing, share)
         sequence.scheduled = start + count
+        # One token that is left is not planned here but with the single ones.
+        self._running.tally.change(sequence, missing - count if missing - count > 1 else 0)
         self.kv.register_full_blocks(sequence)  # so that equal prompts in one step share their blocks
         return sequence, start, count
 
     def _start(self, plan: StepPlan, sequence: Sequence, prefix: list[int]) -> None:
         """Make a waiting sequence a running one, and tell the shards all about it."""
-        self.kv.admit(sequence, prefix)
-        sequence.status = Status.RUNNING
-        sequence.slot = self._free_slots.pop()
+        self._running.admit(sequence, prefix)
         sequence.sent = len(sequence.tokens)
-        insort(self._running, sequence, key=attrgetter("urgency"))
         if sequence.scheduled_time is None:
             sequence.scheduled_time = self._clock()
+            self.pace.started(len(sequence.tokens), sequence.scheduled, sequence.yields, sequence.scheduled_time)
             sequence.cached_tokens = min(sequence.scheduled, sequence.prompt_len)
             if not sequence.request.generated:  # else the replica that had it before has counted it
                 self.stats.prompt_tokens += sequence.prompt_len
@@ -248,61 +331,13 @@ class Scheduler:
         plan.new_tokens.append((sequence.slot, sequence.sent, sequence.tokens[sequence.sent :]))
         sequence.sent = len(sequence.tokens)
 
-    # --- memory ---------------------------------------------------------------------------------------------------
-
-    def _grow(self, sequence: Sequence) -> int | None:
-        """One more block for a running sequence, if need be from the least urgent one; None if that is itself."""
-        while (block := self.kv.grow(sequence)) is None:
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return None
-        return block
-
-    def _preempt(self, victim: Sequence) -> None:
-        self._running.remove(victim)
-        self._release(victim)
-        self._waiting.push(victim)
-        self.stats.preemptions += 1
-
-    def _yield_to_urgent(self) -> None:
-        """Preempt running sequences for a waiting one of better priority, if that makes enough room for it."""
-        head = self._waiting.head()
-        if head is None or head.pending:
-            return
-        victims = []
-        for sequence in reversed(self._running):
-            if sequence.request.priority <= head.request.priority or sequence.urgency < head.urgency:
-                break
-            victims.append(sequence)
-        if not victims:
-            return
-        prefix = self.kv.cached_prefix(head)
-        missing = self.kv.shortage(head, prefix) + self._watermark
-        if missing > self._freed_by(victims, keeping=prefix):
-            return
-        for victim in victims:
-            if self._free_slots and self.kv.shortage(head, self.kv.cached_prefix(head)) + self._watermark <= 0:
-                return
-            self._preempt(victim)
-
-    def _freed_by(self, victims: list[Sequence], keeping: list[int]) -> int:
-        """Blocks outside `keeping` that nobody else holds."""
-        held = Counter(block for victim in victims for block in victim.blocks)
-        kept = set(keeping)
-        return sum(self.kv.pool.references(block) == count for block, count in held.items() if block not in kept)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.kv.release(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
-
     # --- results --------------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> list[TokenOutput]:
         """Take the result of the oldest plan in flight; what it means for each request, aborted ones left out."""
-        step, sampling = self._in_flight.popleft()
-        assert step == result.step, f"result of step {result.step} came while step {step} was due"
+        plan = self._in_flight.popleft()
+        assert plan.step == result.step, f"result of step {result.step} came while step {plan.step} was due"
+        sampling = plan.sampling
         now, size = self._clock(), self.config.block_size
         logprobs = result.logprobs or [None] * len(sampling)
         outputs: list[TokenOutput] = []
@@ -332,14 +367,17 @@ class Scheduler:
         return outputs
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.status is Status.RUNNING:
-            self._running.remove(sequence)
-            self._release(sequence)
-        else:
-            self._waiting.remove(sequence)
+        now = self._clock()
+        self._forget(sequence)
+        self.stats.finished.append(RequestTimes.of(sequence, reason, now))
+        if reason is not FinishReason.ABORT and sequence.scheduled_time is not None:
+            self.pace.finished(now - sequence.scheduled_time)
+
+    def _forget(self, sequence: Sequence) -> None:
+        (self._running if sequence.status is Status.RUNNING else self._waiting).remove(sequence)
         sequence.status = Status.FINISHED
+        self._overdue.discard(sequence)
         del self._by_id[sequence.request.request_id]
-        self.stats.finished.append(RequestTimes.of(sequence, reason, self._clock()))
 
     # --- inspection -----------------------------------------------------------------------------------------------
 
@@ -351,33 +389,39 @@ class Scheduler:
             in_flight=len(self._in_flight),
             blocks_held=self.kv.pool.num_held,
             blocks_total=self.kv.pool.capacity,
-            internal_waste=self.kv.internal_waste(self._running),
+            internal_waste=self.kv.internal_waste(self._running.sequences),
             prefix_queries=self.stats.prefix_queries,
             prefix_hits=self.stats.prefix_hits,
             preemptions=self.stats.preemptions,
+            refused_late=self.stats.refused_late,
             prompt_tokens=self.stats.prompt_tokens,
             generated_tokens=self.stats.generated_tokens,
         )
 
+    def load(self) -> ReplicaLoad:
+        """What routers are told; cheap enough for every step."""
+        running, waiting = self._running.tally, self._waiting.tally
+        share = self.pace.uncached_share
+        return ReplicaLoad(
+            running=running.sequences,
+            yielding_running=running.yielding,
+            waiting=waiting.sequences,
+            yielding_waiting=waiting.yielding,
+            prefill_tokens=running.lacking + round(share * waiting.lacking),
+            yielding_prefill_tokens=running.yielding_lacking + round(share * waiting.yielding_lacking),
+            free_blocks=self.kv.pool.num_unheld,
+            total_blocks=self.kv.pool.capacity,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            curve=self.pace.curve,
+            residence=self.pace.residence,
+        )
+
     def check_integrity(self) -> None:
-        """Raise AssertionError unless requests, slots and blocks agree with each other."""
+        """Raise AssertionError unless requests, slots, blocks and counts agree with each other."""
         self.kv.pool.check_integrity()
-        holders = Counter(block for sequence in self._running for block in sequence.blocks)
-        for block in range(self.config.num_blocks):
-            held = self.kv.pool.references(block)
-            assert held == holders[block], f"block {block}: {held} references, in {holders[block]} block tables"
-        slots = [sequence.slot for sequence in self._running] + self._free_slots
-        assert sorted(slots) == list(range(self.config.max_num_seqs)), f"slots are lost or doubled: {sorted(slots)}"
+        self._running.check_integrity()
+        self._waiting.check_integrity()
         assert len(self._by_id) == len(self._running) + len(self._waiting), "a request is lost or doubled"
-        assert self._running == sorted(self._running, key=attrgetter("urgency")), "running is out of order"
-        for sequence in self._running:
-            name = sequence.request.request_id
-            assert sequence.status is Status.RUNNING, f"{name} runs with status {sequence.status}"
-            assert 0 <= sequence.scheduled <= sequence.total <= sequence.max_len, f"{name}: scheduled out of range"
-            assert sequence.scheduled <= len(sequence.blocks) * self.config.block_size, f"{name}: scheduled past blocks"
-            assert len(sequence.blocks) <= self.kv.blocks_for(sequence.max_len), f"{name}: too many blocks"
-        for sequence in self._waiting:
-            name = sequence.request.request_id
-            assert sequence.status is Status.WAITING, f"{name} waits with status {sequence.status}"
-            assert not sequence.blocks, f"{name} waits with blocks"
-            assert sequence.slot < 0, f"{name} waits with a slot"
+        yielding = self._running.tally.yielding + self._waiting.tally.yielding
+        assert yielding == len(self._overdue), f"{yielding} sequences yield, {len(self._overdue)} are watched"

@@ -7,11 +7,15 @@ import msgspec
 from .request import FinishReason
 from .sequence import Sequence
 
+_ROUNDING = 1e-9
+"""Seconds by which sums of times may miss each other."""
+
 
 class RequestTimes(msgspec.Struct, frozen=True):
     """One finished request, in seconds since its arrival at the scheduler."""
 
     finish_reason: FinishReason
+    latency_class: str
     prompt_tokens: int
     generated_tokens: int
     queued: float | None
@@ -19,18 +23,32 @@ class RequestTimes(msgspec.Struct, frozen=True):
     first_token: float | None
     """Until its first token; None if it had none."""
     total: float
+    ttft_met: bool
+    """The first token came within the class's target."""
+    tpot_met: bool
+    """So did the others, in the mean; true of a single token."""
+
+    @property
+    def within_target(self) -> bool:
+        """It counts as goodput."""
+        return self.ttft_met and self.tpot_met
 
     @classmethod
     def of(cls, sequence: Sequence, reason: FinishReason, now: float) -> RequestTimes:
         """The times of a sequence that ends now."""
         begin, scheduled, first = sequence.arrival, sequence.scheduled_time, sequence.first_token_time
+        latency = sequence.request.latency
+        followers = len(sequence.tokens) - sequence.prompt_len - len(sequence.request.generated) - 1
         return cls(
             reason,
+            latency.name,
             prompt_tokens=sequence.prompt_len,
             generated_tokens=len(sequence.tokens) - sequence.prompt_len,
             queued=None if scheduled is None else scheduled - begin,
             first_token=None if first is None else first - begin,
             total=now - begin,
+            ttft_met=first is not None and first <= sequence.deadline,
+            tpot_met=first is not None and now - first <= latency.tpot * followers + _ROUNDING,
         )
 
 
@@ -42,6 +60,8 @@ class SchedulerStats(msgspec.Struct):
     prefix_hits: int = 0
     """Tokens found there."""
     preemptions: int = 0
+    refused_late: int = 0
+    """Requests that were told that their first token could not come in time."""
     prompt_tokens: int = 0
     """Prompt tokens of requests that were admitted."""
     generated_tokens: int = 0
@@ -66,5 +86,6 @@ class SchedulerSnapshot(msgspec.Struct, frozen=True):
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    refused_late: int
     prompt_tokens: int
     generated_tokens: int

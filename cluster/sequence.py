@@ -6,6 +6,9 @@ import enum
 
 from .request import EngineRequest
 
+Urgency = tuple[bool, float, int]
+"""(yields, due, number of arrival): smaller is more urgent, and whatever yields comes after all that does not."""
+
 
 class Status(enum.Enum):
     """Where a sequence stands."""
@@ -33,7 +36,9 @@ class Sequence:
         "block_hashes",
         "blocks",
         "cached_tokens",
+        "deadline",
         "first_token_time",
+        "lacking",
         "max_len",
         "pending",
         "prompt_len",
@@ -47,9 +52,10 @@ class Sequence:
         "stop_tokens",
         "tokens",
         "urgency",
+        "yields",
     )
 
-    def __init__(self, request: EngineRequest, max_model_len: int, arrival: float, urgency: tuple[float, int]) -> None:
+    def __init__(self, request: EngineRequest, max_model_len: int, arrival: float, urgency: Urgency) -> None:
         self.request = request
         self.tokens = request.prompt + request.generated
         """Prompt and generated tokens, as far as the scheduler knows them."""
@@ -70,9 +76,16 @@ class Sequence:
         """Leading blocks that other sequences can find by their hash."""
         self.cached_tokens = -1
         """Tokens found in the prefix cache at the first admission; -1 before it and after it was reported."""
+        self.lacking = len(self.tokens)
+        """Known tokens that no plan has scheduled: all of them while it waits (as of when it began to), what is left of
+        its prompt while it runs, and 0 from there on, when it lacks one token at a time. `cluster/tally.py` counts."""
         self.arrival = arrival
+        self.deadline = arrival + request.latency.ttft
+        """When its first token is due."""
         self.urgency = urgency
-        """Smaller is more urgent; fixed for life."""
+        """Fixed until it stops yielding."""
+        self.yields = urgency[0]
+        """It gives way to all sequences that do not; see `cluster/overdue.py` for when that ends."""
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
@@ -80,3 +93,8 @@ class Sequence:
     def total(self) -> int:
         """Known tokens and those being sampled."""
         return len(self.tokens) + self.pending
+
+    def stop_yielding(self) -> None:
+        """From now on its place is by its due time alone. No collection that is in order of urgency may hold it."""
+        self.yields = False
+        self.urgency = (False, *self.urgency[1:])

@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class StrictModel(BaseModel):
-    """Refuses unknown fields, and switches where a number or a text is meant."""
+    """Refuses unknown fields, numbers that are not finite, and switches where a number or a text is meant."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod

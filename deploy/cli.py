@@ -1,4 +1,4 @@
-"""The command line: `troupe serve`, `troupe quantize`, `troupe eval`, `troupe bench`, `troupe version`."""
+"""The command line: `troupe serve`, `quantize`, `eval`, `bench`, `router`, `explain` and `version`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from .local_machine import check_ports, local_capacity
 from .model_folder import DEMO_MODELS
 from .quantise.command import quantize_command
 from .quiet_output import quiet_output
+from .routing.command import router
+from .routing.explain import explain_command
 from .supervisor import supervise
 
 EXIT_REFUSED = 2
@@ -33,7 +35,9 @@ cli = typer.Typer(
 )
 cli.command("eval")(eval_command)
 cli.command("quantize")(quantize_command)
+cli.command("explain")(explain_command)
 cli.add_typer(bench, name="bench")
+cli.add_typer(router, name="router")
 
 
 @cli.command()
@@ -60,6 +64,12 @@ def serve(
         int | None, typer.Option("--pipeline-parallel-size", "-pp", help="Stages that divide the layers.")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Replicas of each model.")] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(help="Autoscaling: fewest replicas of each model. Default: --replicas.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Autoscaling: most replicas of each model. Default: --replicas.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     load_format: Annotated[
         str | None, typer.Option(help="auto, or dummy: random weights, for measuring without a checkpoint.")
@@ -89,6 +99,9 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads per shard.")] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Dollars that a replica costs. Default: estimated from the model's size.")
+    ] = None,
     enable_prefix_caching: Annotated[
         bool | None, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Default: enabled.")
     ] = None,
@@ -103,6 +116,8 @@ def serve(
         "tensor_parallel_size": tensor_parallel_size,
         "pipeline_parallel_size": pipeline_parallel_size,
         "replicas": replicas,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
         "dtype": dtype,
         "load_format": load_format,
         "allow_unevaluated": allow_unevaluated,
@@ -116,6 +131,7 @@ def serve(
         "kv_cache_dtype": kv_cache_dtype,
         "device": device,
         "num_threads": num_threads,
+        "price_per_hour": price_per_hour,
         "enable_prefix_caching": enable_prefix_caching,
         "served_model_name": served_model_name,
     }
@@ -181,6 +197,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _serve(config: ServeConfig) -> int:
     """Check what can be checked, start, and run until interrupted; the exit status."""
+    from ..actors.placement import scaling_notices
     from .served_model import resolve_models
 
     capacity = local_capacity()
@@ -188,6 +205,9 @@ def _serve(config: ServeConfig) -> int:
         models = resolve_models(config.models, capacity)
     except TroupeError as error:
         return _report(error)
+
+    for line in scaling_notices([model.config for model in models], [model.device for model in models], capacity):
+        print(f"note: {line}", file=sys.stderr)
 
     from .serving import Serving
 

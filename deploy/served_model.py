@@ -6,19 +6,26 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import psutil
 
 from ..actors.placement import Capacity, Device, check_capacity, resolve_device, shards_per_node
 from ..actors.replica_settings import ReplicaSettings
 from ..cluster.config import ModelConfig
-from ..cluster.errors import ConfigError
+from ..cluster.errors import CheckpointError, ConfigError
+from ..cluster.evaluation_report import REPORT_FILE, read_report
 from ..cluster.kv_memory import DeviceMemory
 from ..cluster.messages import ModelCard
 from ..cluster.model_spec import ModelSpec, load_generation_defaults, load_spec
-from ..cluster.topology import all_layouts, check_topology, weight_bytes
+from ..cluster.price import estimated_prices
+from ..cluster.router_config import RouterConfig
+from ..cluster.topology import ShardLayout, all_layouts, check_topology, weight_bytes
+from ..router.classifier import Classifier
 from .evaluation_gate import check_evaluated
 from .model_folder import find_model_folder
+from .routing.classifier_file import find_classifier
 from .weight_files import check_weight_files
 
 
@@ -54,11 +61,12 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
 
     served = []
     for model, folder, spec, device in zip(models, folders, specs, devices, strict=True):
-        sharing = shards_per_node(models, devices, device, capacity.nodes)
+        sharing = shards_per_node(models, devices, device, capacity)
         settings = ReplicaSettings.of(
             model, folder=folder, device=device, max_model_len=_max_model_len(model, spec), shards_per_node=sharing
         )
         defaults = load_generation_defaults(folder)
+        dtype_bytes = _dtype_bytes(model, spec)
         card = ModelCard(
             name=model.name,
             path=str(folder),
@@ -67,10 +75,44 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
             eos_token_ids=spec.eos_token_ids,
             default_sampling={key: value for key, value in defaults.items() if key != "eos_token_id"},
             created=int(time.time()),
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_waiting=settings.max_num_waiting,
+            price_per_hour=model.price_per_hour,
+            estimated_prices=estimated_prices(spec, dtype_bytes, settings.max_num_seqs),
+            weight_bytes=weight_bytes(spec, ShardLayout(), dtype_bytes),
+            **_measured_quality(model, folder),
         )
-        _check_kv_memory(settings, spec, _dtype_bytes(model, spec))
+        _check_kv_memory(settings, spec, dtype_bytes)
         served.append(ServedModel(model, device, settings, card))
     return served
+
+
+def read_classifier(config: RouterConfig) -> bytes | None:
+    """The content of the fitted classifier's file, if one is configured; `demo` is that of the embedded models.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    if config.classifier is None:
+        return None
+    path = find_classifier(config.classifier)
+    Classifier.load(path)
+    return path.read_bytes()
+
+
+def _measured_quality(model: ModelConfig, folder: Path) -> dict[str, Any]:
+    """What the evaluation report beside the weights says of the model's answers, if there is one."""
+    try:
+        report = read_report(folder / REPORT_FILE)
+    except CheckpointError:
+        return {}  # whether it may be served all the same has been decided (`deploy/evaluation_gate.py`)
+    evaluation = report.evaluations.get(model.kv_cache_dtype) if report is not None else None
+    if evaluation is None:
+        return {}
+    tasks = {name: figures.accuracy for name, figures in evaluation.tasks.items()}
+    return {"accuracy": evaluation.total.accuracy, "task_accuracy": tasks}
 
 
 def _dtype_bytes(model: ModelConfig, spec: ModelSpec) -> int:

@@ -59,6 +59,8 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise CheckpointError(f"the chat template cannot be compiled: {error}") from None
         self._special_tokens = special_tokens
+        self.definition = f"{source}\0{sorted(special_tokens.items())}"
+        """All that the rendered text depends on, besides the conversation."""
 
     def render(
         self,

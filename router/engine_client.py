@@ -22,10 +22,19 @@ class TokenStream(Protocol):
 class EngineClient(Protocol):
     """Runs requests on some replica of a model."""
 
-    def generate(self, model: str, request: EngineRequest) -> TokenStream:
+    def generate(
+        self, model: str, request: EngineRequest, replica: str | None = None, *, patient: bool = True
+    ) -> TokenStream:
         """Run `request` on `model` and give its tokens as they come; the last output has a finish reason.
 
         A reader that is slow gets several tokens in one output. Closing the stream aborts the request.
+
+        Args:
+            model: the model's name.
+            request: what to run.
+            replica: that was chosen for it, with a reservation for its first attempt; None: any.
+            patient: wait for a replica to come up, or for another one when one is lost before the first token; False:
+                raise `ReplicaUnavailable` at once, so that another model can answer.
 
         Raises:
             QueueFull: too many requests wait.
@@ -38,3 +47,8 @@ class EngineClient(Protocol):
     async def stalled_models(self) -> list[str]:
         """Names of the models of which no replica makes progress; empty when all is well."""
         ...
+
+
+def attempt_id(request_id: str, attempt: int) -> str:
+    """How an attempt to run a request is called on its way to a replica, from 0 on."""
+    return f"{request_id}~{attempt}"

@@ -68,6 +68,10 @@ class Choice:
         """The stop string or the client's stop token that ended the answer."""
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.replica: str | None = None
+        """The replica that was chosen for it beforehand; None: the engine client chooses."""
+        self.patient = True
+        """Wait for a replica to come up if none is; False: another model would answer instead."""
         self._min_tokens = request.sampling.min_tokens
         self._user_stop_tokens = frozenset(user_stop_tokens)
         self._include_stop = include_stop
@@ -118,7 +122,7 @@ class ChoiceStream:
     def __init__(self, choice: Choice, engine: EngineClient, model: str) -> None:
         """Generate `choice` on `model` as soon as the first delta is asked for."""
         self._choice = choice
-        self._outputs = engine.generate(model, choice.request)
+        self._outputs = engine.generate(model, choice.request, choice.replica, patient=choice.patient)
 
     def __aiter__(self) -> Self:
         return self

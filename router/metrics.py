@@ -9,9 +9,10 @@ import time
 
 from ray.util.metrics import Counter, Histogram
 
+from ..cluster.latency_class import LatencyTargets
 from .token_histogram import TokenHistogram
 
-_TAGS = ("model_name", "replica")
+_TAGS = ("model_name", "latency_class", "replica")
 _LATENCY_SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5]
 
@@ -33,6 +34,7 @@ class IngressMetrics:
             "troupe_inter_token_latency_seconds",
             "Time between tokens of a choice, as the ingress sees them.",
             _TOKEN_SECONDS,
+            ("model_name", "latency_class"),
             {"replica": replica},
         )
         self.e2e_latency = histogram(
@@ -45,6 +47,16 @@ class IngressMetrics:
             "Choices that ended normally, by reason.",
             tag_keys=(*_TAGS, "finished_reason"),
         ).set_default_tags({"replica": replica})
+        self.within_targets = Counter(
+            "troupe_request_within_targets",
+            "Requests that ended normally within the targets of their latency class: the goodput.",
+            tag_keys=_TAGS,
+        ).set_default_tags({"replica": replica})
+        self.refused = Counter(
+            "troupe_request_refused",
+            "Requests that were refused because of load, by code (queue_full, target_unreachable).",
+            tag_keys=("latency_class", "replica", "code"),
+        ).set_default_tags({"replica": replica})
 
     def publish(self) -> None:
         """Hand over what is counted here and not by Ray. Call it about once a second."""
@@ -52,15 +64,20 @@ class IngressMetrics:
 
 
 class RequestTimer:
-    """Takes the times of one request; one object per HTTP request."""
+    """Takes the times of one request; one object per HTTP request and model that it is tried on."""
 
-    def __init__(self, metrics: IngressMetrics, model: str, choices: int = 1) -> None:
-        """Begin to time a request for `choices` answers of `model`."""
+    def __init__(
+        self, metrics: IngressMetrics, model: str, latency: LatencyTargets, choices: int = 1, began: float | None = None
+    ) -> None:
+        """Time a request for `choices` answers of `model`, which came at `began` (`time.perf_counter`), or now."""
         self._metrics = metrics
-        self._model = model
-        self._tags = {"model_name": model}
-        self._begun = time.perf_counter()
+        self._latency = latency
+        self._labels = (model, latency.name)
+        self._tags = {"model_name": model, "latency_class": latency.name}
+        self._began = time.perf_counter() if began is None else began
         self._last: dict[int, float] = {}
+        self._first = 0.0
+        self._tokens = 0
         self._running = choices
 
     def update(self, choice: int, tokens: int, finish_reason: str | None) -> None:
@@ -78,9 +95,11 @@ class RequestTimer:
             return
         now = time.perf_counter()
         if (last := self._last.get(choice)) is not None:
-            self._metrics.inter_token_latency.observe((now - last) / count, self._model)
+            self._metrics.inter_token_latency.observe((now - last) / count, self._labels)
+            self._tokens += count
         elif not self._last:
-            self._metrics.time_to_first_token.observe(now - self._begun, self._tags)
+            self._first = now
+            self._metrics.time_to_first_token.observe(now - self._began, self._tags)
         self._last[choice] = now
 
     def choice_finished(self, reason: str) -> None:
@@ -89,4 +108,8 @@ class RequestTimer:
 
     def finished(self) -> None:
         """All choices have ended."""
-        self._metrics.e2e_latency.observe(time.perf_counter() - self._begun, self._tags)
+        now = time.perf_counter()
+        self._metrics.e2e_latency.observe(now - self._began, self._tags)
+        per_token = (now - self._first) * len(self._last) / self._tokens if self._tokens else 0.0
+        if self._last and self._first - self._began <= self._latency.ttft and per_token <= self._latency.tpot:
+            self._metrics.within_targets.inc(1, self._tags)

@@ -27,9 +27,7 @@ IGNORED = frozenset(
         "user",
         "metadata",
         "store",
-        "service_tier",
         "safety_identifier",
-        "prompt_cache_key",
         "prompt_cache_retention",
         "parallel_tool_calls",
         "prediction",
@@ -151,6 +149,13 @@ class ChatMessage(_Strict):
     audio: None = None
     function_call: None = None
 
+    @property
+    def text(self) -> str:
+        """All text of the message."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
 
 class GenerationRequest(_Strict):
     """Fields that both endpoints share. None always means the default."""
@@ -182,6 +187,10 @@ class GenerationRequest(_Strict):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     """Lower is more urgent."""
+    service_tier: Annotated[str, Field(max_length=64)] | None = None
+    """A latency class, see `router/latency_request.py`."""
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
+    """Requests of one session have it in common; the header `x-session-id` says the same."""
     return_token_ids: bool | None = None
 
 

@@ -32,16 +32,22 @@ class ReplicaAttempt:
     """A request that has been sent to a replica. Call `close` in any case."""
 
     def __init__(
-        self, handle: DeploymentHandle, receiver: TokenReceiver, request: EngineRequest, straggler_timeout_s: float
+        self,
+        handle: DeploymentHandle,
+        receiver: TokenReceiver,
+        request: EngineRequest,
+        straggler_timeout_s: float,
+        replica: str | None = None,
     ) -> None:
-        """Send `request` to a replica behind `handle`; its tokens come to `receiver`.
+        """Send `request` to `replica`, or any other one, behind `handle`; its tokens come to `receiver`.
 
         Tokens may still be on their way for `straggler_timeout_s` after the control call has returned.
         """
         self._lease = receiver.open(request.request_id, len(request.generated))
         self.mailbox = self._lease.__enter__()
         self._straggler_timeout_s = straggler_timeout_s
-        payload = _encode(GenerateCall(request=request, reply_to=receiver.endpoint))
+        self.replica = replica
+        payload = _encode(GenerateCall(request=request, reply_to=receiver.endpoint, target=replica or ""))
         # Serve keys a call by the HTTP request that it was made for, and loses track of a second one under the same
         # key. An empty context gives every choice its own.
         self._response = contextvars.Context().run(handle.generate.remote, payload)
@@ -100,8 +106,8 @@ def _error_of(reply: GenerateReply) -> Exception:
     """The exception that a replica's reply stands for."""
     message = reply.error or ""
     kind: Any = getattr(errors, reply.error_kind or "", None)
-    if kind is errors.QueueFull:
-        return errors.QueueFull(message, retry_after=reply.retry_after)
+    if isinstance(kind, type) and issubclass(kind, errors.QueueFull):
+        return kind(message, retry_after=reply.retry_after)
     if kind is errors.EngineError or kind is errors.StepFailed:
         return ReplicaStepFailed(message)
     if isinstance(kind, type) and issubclass(kind, errors.EngineError | errors.ReplicaUnavailable):

@@ -18,7 +18,9 @@ from ray.serve.handle import DeploymentHandle
 
 from ..cluster import errors
 from ..cluster.request import EngineRequest, TokenOutput
+from .engine_client import attempt_id
 from .replica_attempt import ReplicaAttempt, ReplicaLost, ReplicaStepFailed
+from .router import Router
 from .token_receiver import TokenReceiver, TokensMissing
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class ReplicaClient:
         self,
         handles: Mapping[str, DeploymentHandle],
         receiver: TokenReceiver,
+        router: Router,
         *,
         max_resubmissions: int = 5,
         retry_wait_s: float = 0.2,
@@ -48,6 +51,7 @@ class ReplicaClient:
         Args:
             handles: by model name; the deployment has methods `generate` and `check_health`.
             receiver: where replicas send tokens.
+            router: chooses the replicas.
             max_resubmissions: how many replicas may die under one request.
             retry_wait_s: before the first retry; doubles each time, up to `MAX_RETRY_WAIT_SECONDS`.
             acceptance_timeout_s: how long a new request may wait for a replica that accepts it. Once accepted, it may
@@ -59,6 +63,7 @@ class ReplicaClient:
         """
         self._handles = handles
         self._receiver = receiver
+        self._router = router
         self._max_resubmissions = max_resubmissions
         self._retry_wait_s = retry_wait_s
         self._acceptance_timeout_s = acceptance_timeout_s
@@ -66,9 +71,11 @@ class ReplicaClient:
         self._straggler_timeout_s = straggler_timeout_s
         self._health_timeout_s = health_timeout_s
 
-    def generate(self, model: str, request: EngineRequest) -> Generation:
+    def generate(
+        self, model: str, request: EngineRequest, replica: str | None = None, *, patient: bool = True
+    ) -> Generation:
         """Run `request` on a replica of `model`, from the first `anext` on; see `EngineClient`."""
-        return Generation(self, model, request)
+        return Generation(self, model, request, replica, patient=patient)
 
     async def stalled_models(self) -> list[str]:
         """Models of which no replica answers that it makes progress."""
@@ -94,13 +101,20 @@ class Generation:
     item, and two would be needed.
     """
 
-    def __init__(self, client: ReplicaClient, model: str, request: EngineRequest) -> None:
+    def __init__(
+        self, client: ReplicaClient, model: str, request: EngineRequest, replica: str | None, *, patient: bool
+    ) -> None:
         """Nothing is sent before the first output is asked for."""
         self._client = client
         self._model = model
         self._request = request
+        self._replica = replica
+        """Where the next attempt goes, if that is decided already."""
+        self._patient = patient
         self._known = list(request.generated)
         self._attempt: ReplicaAttempt | None = None
+        self._first = True
+        """The present attempt has no token yet."""
         self._attempts = self._losses = self._failed_steps = self._retries = 0
         self._deadline = 0.0
         """Until then (loop time) a replica has to accept the request."""
@@ -126,12 +140,17 @@ class Generation:
                     if output is None:
                         raise ReplicaLost("its last tokens never came")
                 except (ReplicaLost, TokensMissing, errors.QueueFull, errors.ReplicaUnavailable) as error:
+                    if self._attempt is not None and isinstance(error, ReplicaLost) and self._attempt.replica:
+                        self._client._router.lost(self._attempt.replica)
                     await self._end_attempt()
                     await self._before_retry(error)
                     continue
                 if output.finish_reason is not None:
                     self._finished = True
                 if output.tokens:
+                    if self._first:
+                        self._first = False
+                        self._client._router.started(attempt_id(self._request.request_id, self._attempts - 1))
                     self._known.extend(output.tokens)
                     return output
                 if self._finished:
@@ -151,13 +170,24 @@ class Generation:
             client._receiver.start()
             self._deadline = asyncio.get_running_loop().time() + client._acceptance_timeout_s
         # A new id each time: tokens of the dead replica may still be on their way.
-        request_id = f"{self._request.request_id}~{self._attempts}"
+        request_id = attempt_id(self._request.request_id, self._attempts)
         self._attempts += 1
+        self._first = True
         request = msgspec.structs.replace(self._request, request_id=request_id, generated=[*self._known])
-        return ReplicaAttempt(client._handles[self._model], client._receiver, request, client._straggler_timeout_s)
+        replica, self._replica = self._replica, None
+        if replica is None:
+            decision = client._router.place(self._model, request)
+            client._router.reserve(request_id, decision, request.latency)
+            replica = decision.replica
+        if replica is None and not self._patient:
+            raise errors.ReplicaUnavailable(f"no replica of {self._model!r} is up")
+        return ReplicaAttempt(
+            client._handles[self._model], client._receiver, request, client._straggler_timeout_s, replica
+        )
 
     async def _end_attempt(self) -> None:
         attempt, self._attempt = self._attempt, None
+        self._client._router.release(attempt_id(self._request.request_id, max(0, self._attempts - 1)))
         if attempt is not None:
             await attempt.close(finished=self._finished)
 
@@ -189,5 +219,7 @@ class Generation:
             logger.warning(
                 "request %s lost its replica after %d tokens (%s); resubmitting", request_id, len(self._known), error
             )
+            if not self._patient and not self._known:
+                raise errors.ReplicaUnavailable(f"a replica of {self._model!r} was lost: {error}") from error
             self._deadline, self._retries = now + client._resumption_timeout_s, self._losses - 1
         await asyncio.sleep(min(client._retry_wait_s * 2**self._retries, MAX_RETRY_WAIT_SECONDS))

@@ -1,64 +1,39 @@
-"""Ray Serve's side of replica choice: asks a policy, and keeps the books that the policy needs.
+"""Ray Serve's side of replica choice: sends every call to the replica that the ingress has chosen for it.
 
-Serve creates one router per handle, that is, one per model in every ingress process; what other ingresses send to a
-replica is not seen here. Serve pickles this module by value, so it holds the router class and nothing else.
+The ingress decides over all models at once (`router/policy.py`), while Serve has one request router per model; this
+one carries the decision out, and tells the ingress which replicas there are. Serve pickles this module by value, so it
+holds the router class and nothing else.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-from typing import Any
+import random
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from .load_book import LoadBook, call_tokens
-from .policy import fewest_outstanding_tokens
+from . import replica_registry
+from .call_target import call_target
 
 
-class FewestOutstandingTokens(RequestRouter):
-    """Sends each request to the replica with the fewest outstanding tokens."""
+class ChosenReplica(RequestRouter):
+    """Puts the replica that a call names first. Without one, or if it is gone or full, any other may take the call."""
 
-    def initialize_state(self, **kwargs: Any) -> None:
-        """Begin with empty books. Serve calls this once; there is nothing to configure."""
-        self._book = LoadBook()
-        self._salt = f"{os.uname().nodename}/{os.getpid()}"
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Serve's replicas of this deployment have changed."""
+        super().update_replicas(replicas)
+        names = tuple(replica.replica_id.unique_id for replica in self.curr_replicas.values())
+        replica_registry.announce(self._deployment_id.name, names)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Replicas in the order of preference, each a rank of its own: Serve goes on to the next if one is full."""
-        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        self._book.keep(set(by_name))
-        ranked = fewest_outstanding_tokens(map(self._book.candidate, by_name), self._salt)
-        if pending_request is not None and ranked:
-            # Wait between rounds if every replica is full.
-            pending_request.routing_context.should_backoff = True
-            self._reserve(pending_request, ranked[0])
-        return [[by_name[name]] for name in ranked]
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        """The replica has accepted: count the request there, whatever was planned."""
-        request = pending_request.metadata.internal_request_id
-        self._book.place(request, replica_id.unique_id, self._tokens(pending_request))
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """The control call has ended."""
-        self._book.remove(internal_request_id, replica_id.unique_id)
-
-    def _reserve(self, pending_request: PendingRequest, replica: str) -> None:
-        """Count the request at once, so that requests of the same moment do not all choose the same replica."""
-        request = pending_request.metadata.internal_request_id
-        self._book.place(request, replica, self._tokens(pending_request))
-
-        def undo_if_cancelled(routing: asyncio.Future[RunningReplica]) -> None:
-            if routing.cancelled():
-                self._book.remove(request)
-
-        pending_request.future.add_done_callback(undo_if_cancelled)
-
-    @staticmethod
-    def _tokens(pending_request: PendingRequest) -> int:
-        """Size of a call to `generate`; 0 for other methods, whose argument is not an encoded `GenerateCall`."""
-        call = pending_request.args[0] if pending_request.args else None
-        return call_tokens(call) if isinstance(call, bytes) else 0
+        """The chosen replica, then all others in random order, each a rank of its own: Serve goes on to the next if one
+        is full."""
+        if pending_request is None:
+            return [[replica] for replica in candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # wait between rounds if every replica is full
+        target = call_target(pending_request.args[0] if pending_request.args else None)
+        others = [replica for replica in candidate_replicas if replica.replica_id.unique_id != target]
+        random.shuffle(others)
+        chosen = [replica for replica in candidate_replicas if replica.replica_id.unique_id == target]
+        return [[replica] for replica in chosen + others]

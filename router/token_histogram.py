@@ -16,41 +16,50 @@ from ray.util.metrics import Gauge
 
 
 class TokenHistogram:
-    """Counts values by bucket, model by model. Use it in one thread."""
+    """Counts values by bucket, one series for each combination of labels. Use it in one thread."""
 
-    def __init__(self, name: str, description: str, boundaries: Sequence[float], default_tags: dict[str, str]) -> None:
-        """Begin with no series; one for each model appears with its first value.
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        boundaries: Sequence[float],
+        label_names: tuple[str, ...],
+        default_tags: dict[str, str],
+    ) -> None:
+        """Begin with no series; one for each combination of labels appears with its first value.
 
         Args:
             name: of the metric, without the `ray_` that Ray puts before it.
             description: for its help text.
             boundaries: upper ends of the buckets, ascending; values above the last have a bucket, too.
-            default_tags: labels of every series besides `model_name`.
+            label_names: of the labels that come with each value.
+            default_tags: further labels, of every series.
         """
         self._boundaries = list(boundaries)
         self._labels = [*(format(boundary, "g") for boundary in boundaries), "+Inf"]
+        self._label_names = label_names
         self._tags = default_tags
-        self._counts: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
-        keys = ("model_name", *default_tags)
+        self._counts: dict[tuple[str, ...], list[int]] = {}
+        self._sums: dict[tuple[str, ...], float] = {}
+        keys = (*label_names, *default_tags)
         self._bucket = Gauge(f"{name}_bucket", f"{description} Cumulative, by upper end.", (*keys, "le"))
         self._count = Gauge(f"{name}_count", f"{description} Number of values.", keys)
         self._sum = Gauge(f"{name}_sum", f"{description} Sum of the values.", keys)
 
-    def observe(self, value: float, model: str) -> None:
-        """Count one value."""
-        counts = self._counts.get(model)
+    def observe(self, value: float, labels: tuple[str, ...]) -> None:
+        """Count one value, with a label for each of `label_names`."""
+        counts = self._counts.get(labels)
         if counts is None:
-            counts = self._counts[model] = [0] * len(self._labels)
-            self._sums[model] = 0.0
+            counts = self._counts[labels] = [0] * len(self._labels)
+            self._sums[labels] = 0.0
         counts[bisect_left(self._boundaries, value)] += 1
-        self._sums[model] += value
+        self._sums[labels] += value
 
     def publish(self) -> None:
         """Hand the totals to Ray. Series that are not published for a minute disappear, so call it on a timer."""
-        for model, counts in self._counts.items():
-            tags = {"model_name": model, **self._tags}
+        for labels, counts in self._counts.items():
+            tags = {**dict(zip(self._label_names, labels, strict=True)), **self._tags}
             for label, total in zip(self._labels, accumulate(counts), strict=True):
                 self._bucket.set(total, {**tags, "le": label})
             self._count.set(sum(counts), tags)
-            self._sum.set(self._sums[model], tags)
+            self._sum.set(self._sums[labels], tags)

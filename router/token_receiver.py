@@ -13,16 +13,12 @@ import logging
 from types import TracebackType
 
 import msgspec
-import zmq
 
 from ..cluster.messages import TokenBatch
 from ..cluster.request import TokenOutput
-from ..cluster.secure_socket import SecureContext
+from .message_receiver import MessageReceiver
 
 logger = logging.getLogger(__name__)
-
-_BURST = 256
-"""Messages taken in a row before other tasks get their turn."""
 
 
 class TokensMissing(Exception):
@@ -119,31 +115,23 @@ def absorb(output: TokenOutput, later: TokenOutput) -> None:
 class TokenReceiver:
     """Receives `TokenBatch` messages and hands their outputs to the mailboxes of the requests.
 
-    Only processes that hold the endpoint's keys, which travel with each request through Ray, can send here. Use it on
-    one event loop.
+    Use it on one event loop.
     """
 
     def __init__(self, host: str) -> None:
         """Bind a socket on `host`, loopback or the node's Ray address, at a free port. Reading begins with `start`."""
         self._mailboxes: dict[str, Mailbox] = {}
         self._decoder = msgspec.msgpack.Decoder(TokenBatch)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._context = SecureContext()
-        self._socket, self.endpoint = self._context.bind(zmq.PULL, host)
+        self._receiver = MessageReceiver(host, self._dispatch)
+        self.endpoint = self._receiver.endpoint
 
     def start(self) -> None:
         """Begin to read, on the running event loop. Calling it again does nothing."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self._socket.fileno(), self._drain)
-            self._loop.call_soon(self._drain)  # the descriptor signals changes only, and messages may wait already
+        self._receiver.start()
 
     def close(self) -> None:
         """Stop reading and free the port."""
-        if self._loop is not None:
-            self._loop.remove_reader(self._socket.fileno())
-        self._socket.close()
-        self._context.close()
+        self._receiver.close()
 
     def open(self, request_id: str, first_index: int = 0) -> MailboxLease:
         """A mailbox for the tokens of `request_id` from number `first_index` on, for the time of a `with` block.
@@ -151,19 +139,6 @@ class TokenReceiver:
         Outputs for ids without one are dropped.
         """
         return MailboxLease(self._mailboxes, request_id, first_index)
-
-    def _drain(self) -> None:
-        """Take in the messages that have arrived."""
-        for _ in range(_BURST):
-            if self._socket.closed:
-                return
-            try:
-                message = self._socket.recv(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            self._dispatch(message)
-        assert self._loop is not None
-        self._loop.call_soon(self._drain)
 
     def _dispatch(self, message: bytes) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class Tokenizer:
         self._backend = backend
         self.chat_template = chat_template
         """None if the model has none."""
+        template = chat_template.definition if chat_template is not None else ""
+        self.fingerprint = blake2b((backend.to_str() + template).encode(), digest_size=16).hexdigest()
+        """Equal for tokenizers that encode texts and conversations alike."""
         self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         """Tokens that `skip_special_tokens` leaves out of a text."""
         self.token_bytes = TokenBytes(backend)

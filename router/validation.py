@@ -22,13 +22,13 @@ _SHOWN_CHARACTERS = 80
 _U64 = 2**64
 
 
-def parse_request(body: bytes, model: type[RequestModel]) -> RequestModel:
-    """Parse and check a request body.
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The fields of a request body.
 
     JSON is read strictly: no NaN or Infinity, no unpaired surrogates, no nesting beyond what a parser can take.
 
     Raises:
-        InvalidRequest: names the first parameter that is wrong.
+        InvalidRequest: it is no JSON object.
     """
     try:
         data = msgspec.json.decode(body)
@@ -39,6 +39,11 @@ def parse_request(body: bytes, model: type[RequestModel]) -> RequestModel:
         raise InvalidRequest(f"the request body is not valid JSON in UTF-8: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequest(f"the request body must be a JSON object, not {_shown(data)}")
+    return data
+
+
+def parse_fields(data: dict[str, Any], model: type[RequestModel]) -> RequestModel:
+    """Check the fields of a request. Raises `InvalidRequest`, which names the first parameter that is wrong."""
     try:
         return model.model_validate(_without_idle_fields(data, model))
     except ValidationError as error:

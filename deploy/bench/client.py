@@ -55,6 +55,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = True
     include_usage: bool = True
     temperature: float = 0.0
+    fields: dict[str, Any] = {}
+    """Further fields of the body, as they are."""
 
 
 class Delta(msgspec.Struct):
@@ -224,6 +226,7 @@ def request_body(options: ServerOptions, request: Request) -> dict[str, Any]:
         "max_tokens": request.output_len,
         "temperature": options.temperature,
         "stream": True,
+        **options.fields,
     }
     if options.chat:
         body["messages"] = [{"role": "user", "content": request.prompt}]

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import httpx
 
 from ...cluster.errors import EngineError
 from ..local_machine import free_ports
 
+TROUPE_SERVE = ("raytroupe.deploy.cli", "serve")
 READY_SECONDS = 180.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.02
@@ -22,17 +24,18 @@ POLL_SECONDS = 0.02
 class ServeProcess:
     """Starts `troupe serve ARGUMENTS` on free ports; as a context manager it waits until the server is healthy.
 
+    `program` is another module, with its first arguments, that serves the same API and takes the same two ports.
     `lines` are what the server printed, each with the seconds since the process was started; `healthy_after` is when
     the server was found healthy, in the same seconds.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, program: Sequence[str] = TROUPE_SERVE) -> None:
         self.port, dashboard_port = free_ports(2)
         self.address = f"http://127.0.0.1:{self.port}"
         self.lines: list[tuple[float, str]] = []
         self.healthy_after = float("nan")
         ports = ["--port", str(self.port), "--dashboard-port", str(dashboard_port)]
-        command = [sys.executable, "-m", "raytroupe.deploy.cli", "serve", *arguments, *ports]
+        command = [sys.executable, "-m", *program, *arguments, *ports]
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             command,

@@ -50,6 +50,7 @@ from ...cluster.step import StepPlan, StepResult
 from ...router.api import build_app
 from ...router.metrics import IngressMetrics
 from ...router.replica_client import ReplicaClient
+from ...router.router import Router
 from ...router.token_receiver import TokenReceiver
 from .report import Column, Report, publish, run_as_program
 
@@ -201,8 +202,9 @@ def run_ingress(calls: str, listener: socket.socket, profile: Path | None, ready
     handle: Any = _Handle(calls)
 
     async def serve() -> None:
-        client = ReplicaClient({NAME: handle}, TokenReceiver("127.0.0.1"))
-        app = build_app([card], client, metrics=IngressMetrics("bench"))
+        router = Router([card])
+        client = ReplicaClient({NAME: handle}, TokenReceiver("127.0.0.1"), router)
+        app = build_app([card], client, router, metrics=IngressMetrics("bench"))
         # The settings of `start_asgi_http_server` in Ray Serve.
         config = uvicorn.Config(app, lifespan="off", access_log=False, log_level=None, log_config=None)
         gc.freeze()  # so does Serve

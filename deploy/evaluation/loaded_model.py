@@ -51,6 +51,8 @@ class Replies(msgspec.Struct):
     """What a model answered, in the order of the prompts."""
 
     texts: list[str]
+    tokens: list[int]
+    """How many each has, with its stop token."""
     cut: int
     """Of them, those that ended only because they were as long as was allowed."""
 
@@ -107,7 +109,8 @@ class LoadedModel:
         for prompt, completion in zip(prompts, completions, strict=True):
             detokenizer = Detokenizer(tokenizer, prompt)
             texts.append("".join(map(detokenizer.push, completion.tokens)))
-        return Replies(texts, sum(completion.finish_reason is FinishReason.LENGTH for completion in completions))
+        cut = sum(completion.finish_reason is FinishReason.LENGTH for completion in completions)
+        return Replies(texts, [len(completion.tokens) for completion in completions], cut)
 
     def tokens_per_second(self, requests: int, prompt: list[int]) -> float:
         """Speed of so many equal requests that run together and answer a short prompt, measured once."""

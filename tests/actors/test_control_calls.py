@@ -14,8 +14,10 @@ from raytroupe.actors.control_calls import ControlCalls
 from raytroupe.actors.engine_loop import EngineLoop
 from raytroupe.actors.executor import LocalExecutor
 from raytroupe.actors.repetition import repeat
-from raytroupe.actors.token_sender import RECONNECT_SECONDS, TokenSender
+from raytroupe.actors.ingress_connection import RECONNECT_SECONDS
+from raytroupe.actors.token_sender import TokenSender
 from raytroupe.cluster.errors import ShardFailed
+from raytroupe.cluster.latency_class import LatencyTargets
 from raytroupe.cluster.messages import Endpoint, GenerateCall, GenerateReply, TokenBatch
 from raytroupe.cluster.request import EngineRequest, SamplingParams
 from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
@@ -108,6 +110,28 @@ async def test_a_refused_request_does_not_disturb_the_one_with_its_name(replica,
     assert reply.error_kind == "InvalidRequest"
     running = asyncio.create_task(replica.engine.run())
     assert await serving == GenerateReply()
+    running.cancel()
+
+
+async def test_a_request_that_waits_in_vain_ends_with_the_reason(replica, ingress) -> None:
+    late = LatencyTargets(name="explicit", ttft=0.0, refuse_late=True)
+    serving = asyncio.create_task(replica.calls.serve(call(ingress[2], latency=late)))
+    await asyncio.sleep(0.001)
+    running = asyncio.create_task(replica.engine.run())
+    reply = await serving
+    assert (reply.error_kind, reply.retry_after) == ("TargetUnreachable", 1)
+    assert "cannot come within 0 s" in reply.error
+    assert not replica.scheduler.has_work
+    running.cancel()
+
+
+async def test_the_engine_measures_its_steps(replica, ingress) -> None:
+    running = asyncio.create_task(replica.engine.run())
+    for name in "abc":
+        assert await replica.calls.serve(call(ingress[2], name)) == GenerateReply()
+    curve = replica.scheduler.load().curve
+    assert curve is not None
+    assert 0 < curve.seconds(3, 1) < 10
     running.cancel()
 
 

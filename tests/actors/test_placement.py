@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from raytroupe.actors.placement import Capacity, check_capacity, replica_bundles, resolve_device, shards_per_node
+from raytroupe.actors.placement import (
+    Capacity,
+    check_capacity,
+    most_replicas,
+    replica_bundles,
+    resolve_device,
+    scaling_notices,
+    shards_per_node,
+)
 from raytroupe.cluster.config import ModelConfig
 from raytroupe.cluster.errors import ConfigError
 
@@ -62,5 +70,26 @@ def test_room_is_exactly_what_is_accepted() -> None:
 
 def test_shards_per_node_counts_only_the_device() -> None:
     models = [model("a", tp=4), model("b", pp=2, replicas=3)]
-    assert shards_per_node(models, ["cuda", "cpu"], "cpu", nodes=2) == 3
-    assert shards_per_node(models, ["cuda", "cpu"], "cuda", nodes=3) == 2
+    assert shards_per_node(models, ["cuda", "cpu"], "cpu", Capacity(8, 4, nodes=2)) == 3
+    assert shards_per_node(models, ["cuda", "cpu"], "cuda", Capacity(8, 4, nodes=3)) == 2
+
+
+def test_a_model_that_grows_leaves_room_for_what_all_start_with() -> None:
+    models = [model("grows", tp=2, max_replicas=8), model("stays", replicas=3)]
+    assert most_replicas(models, ["cuda", "cuda"], Capacity(64, 10)) == [3, 3]
+    assert most_replicas(models, ["cuda", "cuda"], Capacity(64, 64)) == [8, 3]
+    assert scaling_notices(models, ["cuda", "cuda"], Capacity(64, 10)) == [
+        "grows: the cluster has room for 3 of max_replicas = 8; further replicas wait for nodes"
+    ]
+    assert scaling_notices(models, ["cuda", "cuda"], Capacity(64, 64)) == []
+
+
+def test_an_application_starts_if_its_first_replicas_fit() -> None:
+    check_capacity([model(max_replicas=1000)], ["cpu"], Capacity(2, 0))
+
+
+def test_shards_share_their_node_with_those_that_may_come() -> None:
+    growing = [model("a", max_replicas=4), model("b")]
+    assert shards_per_node(growing, ["cpu", "cpu"], "cpu", Capacity(2, 0)) == 5
+    both = [model("a", max_replicas=1000), model("b", max_replicas=1000)]
+    assert shards_per_node(both, ["cpu", "cpu"], "cpu", Capacity(2, 0)) == 9

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import zmq
 
-from raytroupe.actors.token_sender import CONNECT_SECONDS, KEEP_SECONDS, RECONNECT_SECONDS, TokenSender
+from raytroupe.actors.ingress_connection import CONNECT_SECONDS, RECONNECT_SECONDS
+from raytroupe.actors.token_sender import KEEP_SECONDS, TokenSender
 from raytroupe.cluster.messages import Endpoint, TokenBatch
 from raytroupe.cluster.request import FinishReason, TokenLogprobs, TokenOutput
 from raytroupe.cluster.secure_socket import SecureContext

@@ -15,6 +15,8 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(12)
+        self.pool.record_events(True)
+        self.mirror: set[bytes] = set()
         self.tables: list[list[int]] = []
         self.named: dict[int, bytes] = {}
 
@@ -58,6 +60,19 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def unknown_content_is_not_found(self, content):
         assert self.pool.find(content) is None
 
+    @rule()
+    def a_mirror_of_the_drained_events_knows_what_can_be_found(self):
+        stored, evicted = self.pool.drain_events()
+        assert self.mirror.isdisjoint(stored)
+        assert self.mirror.issuperset(evicted)
+        self.mirror = (self.mirror | set(stored)) - set(evicted)
+        assert self.mirror == set(self.pool.cached_contents()) == set(self.named.values())
+
+    @rule()
+    def a_new_listener_begins_with_what_is_cached(self):
+        self.pool.record_events(True)
+        self.mirror = set(self.pool.cached_contents())
+
     @invariant()
     def books_agree(self):
         self.pool.check_integrity()
@@ -79,6 +94,35 @@ def test_blocks_without_content_are_reused_before_cached_ones_and_those_least_re
     pool.release([blocks[1], blocks[2]])
     pool.release([blocks[3]])
     assert pool.allocate(4) == [blocks[3], blocks[0], blocks[2], blocks[1]]
+
+
+def test_events_are_recorded_only_while_somebody_listens():
+    pool = BlockPool(3)
+    blocks = pool.allocate(2)
+    pool.register(blocks[0], b"before")
+    assert pool.drain_events() == ([], [])
+    pool.record_events(True)
+    pool.register(blocks[1], b"now")
+    assert pool.drain_events() == ([b"now"], [])
+    pool.release(blocks)
+    pool.allocate(2)
+    pool.record_events(False)
+    assert pool.drain_events() == ([], [])
+
+
+def test_what_comes_and_goes_between_two_drains_is_no_event():
+    pool = BlockPool(2)
+    pool.record_events(True)
+    for content in (b"a", b"b", b"a", b"c"):
+        (block,) = pool.allocate(1)
+        pool.register(block, content)
+        pool.release([block])
+    assert pool.drain_events() == ([b"c"], [])
+    for content in (b"a", b"c"):
+        (block,) = pool.allocate(1)
+        pool.register(block, content)
+        pool.release([block])
+    assert pool.drain_events() == ([], []), "c went and came back"
 
 
 def test_the_check_notices_broken_books():

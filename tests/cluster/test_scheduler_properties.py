@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_shard import SimulatedShard, generate
 
+from raytroupe.cluster.errors import TargetUnreachable
+from raytroupe.cluster.latency_class import BATCH, CLASS_NAMES, DEFAULT_TARGETS, EXPLICIT, LatencyTargets
+from raytroupe.cluster.replica_report import StepCurve
 from raytroupe.cluster.request import EngineRequest, FinishReason, SamplingParams
 from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
 
@@ -20,13 +23,30 @@ prompts = st.builds(
     st.integers(1, 20),
     st.integers(0, 1),
 )
+latencies = st.sampled_from([DEFAULT_TARGETS[name] for name in CLASS_NAMES]) | st.builds(
+    LatencyTargets,
+    name=st.sampled_from([BATCH, EXPLICIT]),
+    ttft=st.floats(0.01, 40),
+    tpot=st.sampled_from([1e-6, 0.05, 1.0]),
+    refuse_late=st.booleans(),
+)
 additions = st.tuples(
-    st.just("add"), prompts, st.integers(1, 30), st.integers(-1, 2), st.sampled_from(["", "salt"]), st.integers(0, 49)
+    st.just("add"),
+    prompts,
+    st.integers(1, 30),
+    st.integers(-1, 2),
+    st.sampled_from(["", "salt"]),
+    st.integers(0, 49),
+    latencies,
+)
+curves = st.none() | st.builds(
+    StepCurve, st.floats(0, 0.1), st.sampled_from([0.0, 1e-3, 0.1]), st.sampled_from([0.0, 1e-3, 0.1])
 )
 moves = st.sampled_from([("plan",), ("result",)])
 operations = st.lists(
     st.one_of(additions, additions, moves, moves, moves, moves, st.tuples(st.just("abort"), st.integers(0, 30)))
-    | st.tuples(st.just("wait"), st.floats(0, 60)),
+    | st.tuples(st.just("wait"), st.floats(0, 60))
+    | st.tuples(st.just("curve"), curves),
     min_size=20,
     max_size=200,
 )
@@ -64,18 +84,29 @@ class Engine:
         self.answers: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
 
-    def add(self, prompt: list[int], max_tokens: int, priority: int, salt: str, stop: int) -> None:
+    def add(
+        self, prompt: list[int], max_tokens: int, priority: int, salt: str, stop: int, latency: LatencyTargets
+    ) -> None:
         name = f"r{len(self.expected)}"
         sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=(stop,))
-        self.scheduler.add(
-            EngineRequest(request_id=name, prompt=prompt, sampling=sampling, priority=priority, cache_salt=salt)
-        )
         self.expected[name] = generate(prompt, max_tokens, frozenset([stop]), MAX_MODEL_LEN)
         self.answers[name] = []
+        request = EngineRequest(
+            request_id=name, prompt=prompt, sampling=sampling, priority=priority, cache_salt=salt, latency=latency
+        )
+        try:
+            self.scheduler.add(request)
+        except TargetUnreachable:
+            assert latency.refuse_late
+            self.finished[name] = FinishReason.ABORT
 
     def plan(self) -> bool:
         if self.scheduler.num_in_flight >= self.scheduler.max_in_flight:
             return False
+        for name, error in self.scheduler.refuse_late():
+            assert error.retry_after >= 1
+            assert not self.answers[name], "a request was refused after it had begun to answer"
+            self.finished[name] = FinishReason.ABORT
         plan = self.scheduler.schedule()
         if plan is None:
             return False
@@ -117,14 +148,16 @@ def test_random_histories_give_right_answers_and_leak_nothing(config, history):
             engine.plan()
         elif operation == "result":
             engine.result()
-        else:
+        elif operation == "wait":
             engine.now += arguments[0]
+        else:
+            engine.scheduler.pace.curve = arguments[0]
         engine.check()
     # No starvation and no deadlock: everything left must finish within a bounded number of steps.
     steps = 0
     while engine.scheduler.has_work or engine.results:
         moved = engine.plan()
-        if not moved:
+        if not moved and (engine.results or engine.scheduler.has_work):
             assert engine.result(), "work is left and nothing can run"
         engine.check()
         steps += 1

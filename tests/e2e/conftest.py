@@ -4,6 +4,7 @@ large            demo-large, 1 shard       the reference
 small            demo-small, short queue   small enough to fill
 large-tp2-pp2    demo-large, 4 shards      the same answers, divided
 large-twice      demo-large, 2 replicas    one of them is killed
+pair             large and small           the router chooses
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ MODELS = [
     },
     {"model": "demo-large", "served_model_name": "large-twice", "replicas": 2},
 ]
+ROUTER = {
+    "groups": {"pair": ["large", "small"]},
+    "rules": [{"name": "easy", "pattern": "capital", "use": ["small"]}],
+}
 NAMES = [model["served_model_name"] for model in MODELS]
 
 
@@ -110,7 +115,7 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
         for model in MODELS
     ]
     file = tmp_path_factory.mktemp("config") / "models.yaml"
-    file.write_text(yaml.safe_dump({"models": models}))
+    file.write_text(yaml.safe_dump({"models": models, "router": ROUTER}))
     with ServeProcess("--config", str(file)) as server:
         eventually(lambda: any("Ctrl-C" in line for _, line in server.lines), 30, lambda: str(server.lines))
         output = "\n".join(line for _, line in server.lines)

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 
+from raytroupe.cluster.errors import ReplicaUnavailable
 from raytroupe.cluster.messages import ModelCard
 from raytroupe.cluster.request import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
 from raytroupe.router.api import build_app
@@ -26,7 +27,7 @@ class ScriptedEngine:
     """Stands at the `EngineClient` boundary and keeps its contract: it "generates" a script's tokens.
 
     Like the engine it stops at stop tokens and at max_tokens, and reports log-probabilities if asked: the chosen
-    token at −0.25 and the next lower ids at −1.5, −2.5 …
+    token at `logprob` and the next lower ids at −1.5, −2.5 …
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,14 @@ class ScriptedEngine:
         self.hold_after: int | None = None
         """Wait forever once so many tokens were given."""
         self.cached_tokens = 0
+        self.texts: dict[str, str] = {}
+        """Model → its answer, instead of the script's."""
+        self.logprob = -0.25
+        """Of every chosen token."""
+        self.down: set[str] = set()
+        """Models of which no replica can be reached."""
+        self.asked: list[tuple[str, str | None, bool]] = []
+        """Model, replica and patience of every request."""
         self.stalled: list[str] = []
         self.requests: list[EngineRequest] = []
         self.running: set[str] = set()
@@ -49,18 +58,25 @@ class ScriptedEngine:
         """Token ids of `text`, without special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    async def generate(self, model: str, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(
+        self, model: str, request: EngineRequest, replica: str | None = None, *, patient: bool = True
+    ) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
+        self.asked.append((model, replica, patient))
         self.running.add(request.request_id)
         self.began.put_nowait(request.request_id)
         self.idle.clear()
         try:
             sampling = request.sampling
-            script = [*self.script(request), *([END] * sampling.max_tokens)][: sampling.max_tokens]
+            text = self.texts.get(model)
+            answer = self.script(request) if text is None else self.tokens(text)
+            script = [*answer, *([END] * sampling.max_tokens)][: sampling.max_tokens]
             stops = [i for i, t in enumerate(script) if t in sampling.stop_token_ids and i >= sampling.min_tokens]
             script = script[: stops[0] + 1] if stops else script
             given = 0
             while given < len(script):
+                if model in self.down:
+                    raise ReplicaUnavailable(f"no replica of {model!r} is up")
                 if self.error is not None and given >= self.error_after:
                     raise self.error
                 if given == self.hold_after:
@@ -74,7 +90,7 @@ class ScriptedEngine:
                     tokens,
                     (FinishReason.STOP if stops else FinishReason.LENGTH) if last else None,
                     tokens[-1] if last and stops else None,
-                    None if sampling.logprobs is None else [_logprobs(token, sampling.logprobs) for token in tokens],
+                    None if sampling.logprobs is None else self._logprobs(tokens, sampling.logprobs),
                     self.cached_tokens,
                 )
         finally:
@@ -85,10 +101,13 @@ class ScriptedEngine:
     async def stalled_models(self) -> list[str]:
         return self.stalled
 
-
-def _logprobs(token: int, top: int) -> TokenLogprobs:
-    others = [(token - k, -0.5 - k) for k in range(1, top)]
-    return TokenLogprobs(-0.25, [(token, -0.25), *others][:top])
+    def _logprobs(self, tokens: list[int], top: int) -> list[TokenLogprobs]:
+        chosen = self.logprob
+        others = [(-k, -0.5 - k) for k in range(1, top)]
+        return [
+            TokenLogprobs(chosen, [(token, chosen), *((token + k, value) for k, value in others)][:top])
+            for token in tokens
+        ]
 
 
 @pytest.fixture

@@ -113,14 +113,8 @@ async def test_logprobs_are_parallel_lists(client, engine) -> None:
     assert [list(top) for top in body["choices"][0]["logprobs"]["top_logprobs"]] == [[token] for token in tokens]
 
 
-async def test_minus_infinity_is_written_as_a_number(client, engine, monkeypatch) -> None:
-    from raytroupe.cluster.request import TokenLogprobs
-
-    monkeypatch.setitem(
-        engine.generate.__func__.__globals__,
-        "_logprobs",
-        lambda token, top: TokenLogprobs(float("-inf"), [(token, float("-inf"))]),
-    )
+async def test_minus_infinity_is_written_as_a_number(client, engine) -> None:
+    engine.logprob = float("-inf")
     body = await complete(client, "a", logprobs=1)
     assert set(body["choices"][0]["logprobs"]["token_logprobs"]) == {-9999.0}
 

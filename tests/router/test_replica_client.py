@@ -14,10 +14,11 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raytroupe.cluster.errors import EngineError, InvalidRequest, QueueFull, ReplicaUnavailable
-from raytroupe.cluster.messages import GenerateCall, GenerateReply, TokenBatch
+from raytroupe.cluster.messages import GenerateCall, GenerateReply, ModelCard, TokenBatch
 from raytroupe.cluster.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
 from raytroupe.cluster.secure_socket import SecureContext
 from raytroupe.router.replica_client import ReplicaClient
+from raytroupe.router.router import Router
 from raytroupe.router.token_receiver import TokenReceiver
 
 LENGTH = 8
@@ -106,15 +107,25 @@ def replica():
 
 
 @pytest.fixture
-async def client(replica):
+def router():
+    return Router([ModelCard(name="demo", path="", max_model_len=64, vocab_size=200)])
+
+
+@pytest.fixture
+async def client(replica, router):
     receiver = TokenReceiver("127.0.0.1")
-    yield ReplicaClient({"demo": replica}, receiver, max_resubmissions=3, retry_wait_s=0.001)
+    yield ReplicaClient({"demo": replica}, receiver, router, max_resubmissions=3, retry_wait_s=0.001)
     assert receiver._mailboxes == {}
     receiver.close()
 
 
 def request() -> EngineRequest:
     return EngineRequest(request_id="r", prompt=[1, 2], sampling=SamplingParams(max_tokens=LENGTH, seed=3))
+
+
+def long_request() -> EngineRequest:
+    """With several full blocks."""
+    return msgspec.structs.replace(request(), prompt=[5] * 300)
 
 
 async def collect(client: ReplicaClient, replica: Replica) -> list[int]:
@@ -272,6 +283,148 @@ async def test_other_failures_are_final(client, replica, end, error) -> None:
     assert len(replica.calls) == 1
     if isinstance(end, GenerateReply) and error is QueueFull:
         assert caught.value.retry_after == 9
+
+
+# --- where a request goes, and what is reserved for it -------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(router):
+    """Two replicas are up; whatever a test does, nothing is reserved at the end."""
+    router.set_replicas("demo", ["a", "b"])
+    yield router.fleet
+    assert router.fleet.num_reserved == 0
+    assert len(router._ongoing) == 0
+    router.fleet.check_integrity()
+
+
+async def test_a_call_names_the_replica_that_was_chosen_beforehand(client, replica, fleet) -> None:
+    outputs = client.generate("demo", request(), "b")
+    assert (await anext(outputs)).tokens
+    assert [call.target for call in replica.calls] == ["b"]
+    assert fleet.num_reserved == 0  # whoever chose it has reserved for it
+    await outputs.aclose()
+
+
+async def test_without_a_choice_the_client_chooses_and_reserves(client, replica, fleet, router) -> None:
+    replica.faults = [(-1, None)]
+    outputs = client.generate("demo", request())
+    reading = asyncio.create_task(anext(outputs))
+    await asyncio.sleep(0.01)
+    (call,) = replica.calls
+    assert call.target in {"a", "b"}
+    assert fleet.num_reserved == 1
+    row = fleet.row(call.target)
+    assert fleet.state(row).sent == 1
+    assert fleet.state(row).sent_tokens == len(call.request.prompt)
+    fleet.report(call.target, fleet.state(row).load, [call.request.request_id])
+    assert fleet.num_reserved == 0
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_without_any_replica_any_may_take_the_call(client, replica) -> None:
+    assert await collect(client, replica) == ANSWER
+    assert replica.calls[0].target == ""
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [],
+        [(3, ActorDiedError())],
+        [(0, ActorDiedError()), (3, ActorDiedError()), *REFUSALS],
+        [(0, GenerateReply("full", "QueueFull", 9))],
+        [(0, GenerateReply("bad", "InvalidRequest"))],
+        [(1, ActorDiedError())] * 4,
+    ],
+    ids=len,
+)
+async def test_nothing_is_reserved_when_a_request_has_ended(client, replica, fleet, faults) -> None:
+    replica.faults = faults
+    reading = asyncio.gather(collect(client, replica), return_exceptions=True)
+    (end,) = await reading
+    assert end == ANSWER or isinstance(end, QueueFull | InvalidRequest | ReplicaUnavailable)
+
+
+async def test_closing_before_the_first_output_releases_what_was_reserved_for_it(client, router, fleet) -> None:
+    decision = router.place("demo", request())
+    router.reserve("r~0", decision, request().latency)
+    outputs = client.generate("demo", request(), decision.replica)
+    assert fleet.num_reserved == 1
+    await outputs.aclose()
+    assert fleet.num_reserved == 0
+
+
+async def test_the_first_token_ends_the_expectation_of_its_prompt(client, replica, router, fleet) -> None:
+    replica.faults = [(2, None)]
+    outputs = client.generate("demo", long_request())
+    assert (await anext(outputs)).tokens
+    assert not router._ongoing._expected
+    assert router._ongoing._demand
+    await outputs.aclose()
+
+
+async def test_a_replica_that_loses_a_request_is_avoided(client, replica, fleet) -> None:
+    replica.faults = [(2, ActorDiedError())]
+    assert await collect(client, replica) == ANSWER
+    first, second = (call.target for call in replica.calls)
+    assert {first, second} == {"a", "b"}
+    assert [fleet.state(row).name for row in fleet.candidates(("demo",))] == [second]
+
+
+@pytest.mark.parametrize("end", [GenerateReply("full", "QueueFull"), GenerateReply("bad", "InvalidRequest")])
+async def test_a_replica_that_refuses_a_request_is_no_suspect(client, replica, fleet, end) -> None:
+    replica.faults = [(0, end)]
+    with pytest.raises((QueueFull, InvalidRequest)):
+        await collect(client, replica)
+    assert len(fleet.candidates(("demo",))) == 2
+
+
+async def test_the_tokens_so_far_count_where_the_request_goes_next(client, replica, router, fleet) -> None:
+    replica.faults = [(3, ActorDiedError()), (0, None)]
+    outputs = client.generate("demo", request())
+    while len(replica.seen) < 3:
+        replica.seen += (await anext(outputs)).tokens
+    reading = asyncio.create_task(anext(outputs))
+    while len(replica.calls) < 2:  # noqa: ASYNC110 - waits for the client's own pause
+        await asyncio.sleep(0.002)
+    state = fleet.state(fleet.row(replica.calls[1].target))
+    assert (state.sent, state.sent_tokens) == (1, 2 + 3)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await outputs.aclose()
+
+
+# --- where another model could answer ------------------------------------------------------------------------------
+
+
+async def impatiently(client: ReplicaClient, replica: Replica) -> list[int]:
+    async for output in client.generate("demo", request(), patient=False):
+        replica.seen += output.tokens
+    return replica.seen
+
+
+async def test_an_impatient_request_does_not_wait_for_a_replica_to_come_up(client, replica) -> None:
+    with pytest.raises(ReplicaUnavailable, match="no replica of 'demo' is up"):
+        await impatiently(client, replica)
+    assert replica.calls == []
+
+
+@pytest.mark.parametrize("end", LOST[:3], ids=lambda end: type(end).__name__)
+async def test_an_impatient_request_that_is_lost_before_its_first_token_is_given_back(
+    client, replica, fleet, end
+) -> None:
+    replica.faults = [(0, end)]
+    with pytest.raises(ReplicaUnavailable, match="was lost"):
+        await impatiently(client, replica)
+    assert len(replica.calls) == 1
+
+
+async def test_an_impatient_request_whose_answer_has_begun_goes_on_elsewhere(client, replica, fleet) -> None:
+    replica.faults = [(3, ActorDiedError())]
+    assert await impatiently(client, replica) == ANSWER
+    assert [len(call.request.generated) for call in replica.calls] == [0, 3]
 
 
 async def test_closing_the_generator_cancels_the_call(client, replica) -> None:

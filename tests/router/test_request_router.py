@@ -1,20 +1,20 @@
-"""Serve's router hook: reads the size of a call, ranks replicas, and keeps its books through every ending."""
+"""Serve's router hook: the chosen replica first, any other after it, and word of which replicas there are."""
 
 from __future__ import annotations
-
-import asyncio
 
 import msgspec
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
-from raytroupe.cluster.messages import Endpoint, GenerateCall
+from raytroupe.cluster.messages import Endpoint, GenerateCall, SubscribeCall
 from raytroupe.cluster.request import EngineRequest, SamplingParams
-from raytroupe.router.request_router import FewestOutstandingTokens, call_tokens
+from raytroupe.router import replica_registry
+from raytroupe.router.request_router import ChosenReplica
 
 MODEL = DeploymentID("demo", "troupe")
 ENDPOINT = Endpoint("tcp://127.0.0.1:1", "a", "b", "c")
+REQUEST = EngineRequest(request_id="r", prompt=[70_000] * 3, sampling=SamplingParams())
 
 
 class Running:
@@ -24,72 +24,56 @@ class Running:
         self.replica_id = ReplicaID(name, MODEL)
 
 
-def encoded(prompt: int, max_tokens: int) -> bytes:
-    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=(1,), logit_bias={5: 1.0})
-    request = EngineRequest(request_id="r", prompt=[70_000] * prompt, sampling=sampling, generated=[1, 2])
-    return msgspec.msgpack.encode(GenerateCall(request, ENDPOINT))
+REPLICAS = [Running("a"), Running("b"), Running("c")]
 
 
-def pending(request: str, *args: object) -> PendingRequest:
-    return PendingRequest(list(args), {}, RequestMetadata(request_id="http", internal_request_id=request))
+def pending(*args: object) -> PendingRequest:
+    return PendingRequest(list(args), {}, RequestMetadata(request_id="http", internal_request_id="r"))
 
 
 @pytest.fixture
-async def router() -> FewestOutstandingTokens:
-    router = FewestOutstandingTokens(MODEL, DeploymentHandleSource.REPLICA)
+async def router() -> ChosenReplica:
+    router = ChosenReplica(MODEL, DeploymentHandleSource.REPLICA)
     router.initialize_state()
     return router
 
 
-REPLICAS = [Running("a"), Running("b"), Running("c")]
+async def ranked(router: ChosenReplica, request: PendingRequest | None) -> list[str]:
+    ranks = await router.choose_replicas(REPLICAS, request)
+    assert all(len(rank) == 1 for rank in ranks)
+    return [rank[0].replica_id.unique_id for rank in ranks]
 
 
-def outstanding(router: FewestOutstandingTokens) -> dict[str, int]:
-    return {name: router._book.candidate(name).outstanding_tokens for name in "abc"}
+@pytest.mark.parametrize("call", [GenerateCall(REQUEST, ENDPOINT, "b"), SubscribeCall(ENDPOINT, "b")])
+async def test_the_chosen_replica_comes_first_and_all_others_after_it(router, call) -> None:
+    for _ in range(20):
+        request = pending(msgspec.msgpack.encode(call))
+        names = await ranked(router, request)
+        assert names[0] == "b"
+        assert sorted(names) == ["a", "b", "c"]
+        assert request.routing_context.should_backoff
 
 
-@pytest.mark.parametrize("prompt", [0, 1, 15, 16, 65_535, 65_536])
-def test_the_size_of_a_call_is_prompt_and_max_tokens(prompt: int) -> None:
-    assert call_tokens(encoded(prompt, 300)) == prompt + 300
+@pytest.mark.parametrize(
+    "args", [(msgspec.msgpack.encode(GenerateCall(REQUEST, ENDPOINT, "gone")),), (), ({"no": "call"},)]
+)
+async def test_without_a_choice_any_replica_may_be_first(router, args) -> None:
+    orders = [await ranked(router, pending(*args)) for _ in range(60)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in orders)
+    assert {names[0] for names in orders} == {"a", "b", "c"}
 
 
-async def test_requests_of_one_moment_are_spread_by_size(router) -> None:
-    chosen = []
-    for index, size in enumerate([1000, 10, 10, 10, 10]):
-        ranks = await router.choose_replicas(REPLICAS, pending(f"r{index}", encoded(0, size)))
-        assert sorted(rank[0].replica_id.unique_id for rank in ranks) == ["a", "b", "c"]
-        chosen.append(ranks[0][0].replica_id.unique_id)
-    assert chosen.count(chosen[0]) == 1
-    assert sorted(outstanding(router).values()) == [20, 20, 1000]
+async def test_without_a_request_there_is_an_order_all_the_same(router) -> None:
+    assert sorted(await ranked(router, None)) == ["a", "b", "c"]
+    assert await router.choose_replicas([], pending()) == []
 
 
-async def test_a_request_counts_where_it_was_accepted_until_its_call_ends(router) -> None:
-    request = pending("r", encoded(5, 10))
-    (first, *_), (second, *_), _ = await router.choose_replicas(REPLICAS, request)
-    assert request.routing_context.should_backoff
-    router.on_request_completed(first.replica_id, "r")  # refused there
-    router.on_request_routed(request, second.replica_id, None)
-    assert outstanding(router)[second.replica_id.unique_id] == 15
-    router.on_request_completed(first.replica_id, "r")  # of the refused attempt, late
-    assert outstanding(router)[second.replica_id.unique_id] == 15
-    router.on_request_completed(second.replica_id, "r")
-    assert set(outstanding(router).values()) == {0}
-
-
-async def test_a_request_that_is_cancelled_before_it_was_sent_is_forgotten(router) -> None:
-    request = pending("r", encoded(5, 10))
-    await router.choose_replicas(REPLICAS, request)
-    assert sorted(outstanding(router).values()) == [0, 0, 15]
-    request.future.cancel()
-    await asyncio.sleep(0)
-    assert set(outstanding(router).values()) == {0}
-
-
-async def test_other_methods_weigh_nothing(router) -> None:
-    await router.choose_replicas(REPLICAS, pending("r"))
-    await router.choose_replicas(REPLICAS, pending("s", {"not": "a call"}))
-    assert set(outstanding(router).values()) == {0}
-
-
-async def test_without_replicas_there_is_no_rank(router) -> None:
-    assert await router.choose_replicas([], pending("r", encoded(1, 1))) == []
+def test_whoever_watches_hears_of_the_replicas_before_and_after() -> None:
+    heard: list[tuple[str, tuple[str, ...]]] = []
+    replica_registry.announce("before", ("a",))
+    stop = replica_registry.watch(lambda deployment, replicas: heard.append((deployment, replicas)))
+    replica_registry.announce("after", ("b", "c"))
+    stop()
+    replica_registry.announce("after", ())
+    assert ("before", ("a",)) in heard
+    assert heard[-1] == ("after", ("b", "c"))

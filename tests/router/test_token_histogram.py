@@ -32,9 +32,9 @@ def published(values: list[tuple[str, float]]) -> dict[Any, float]:
     RecordedGauge.series = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_histogram, "Gauge", RecordedGauge)
-        histogram = TokenHistogram("seconds", "Time.", BOUNDARIES, {"replica": "r"})
+        histogram = TokenHistogram("seconds", "Time.", BOUNDARIES, ("model_name", "latency_class"), {"replica": "r"})
     for model, value in values:
-        histogram.observe(value, model)
+        histogram.observe(value, (model, "batch"))
         histogram.publish()  # again and again: totals, not increments
     return RecordedGauge.series
 
@@ -42,9 +42,9 @@ def published(values: list[tuple[str, float]]) -> dict[Any, float]:
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(BOUNDARIES) | st.floats(0, 10)), max_size=30))
 def test_series_are_those_of_prometheus(values) -> None:
     registry = CollectorRegistry()
-    reference = Histogram("seconds", "Time.", ["model_name", "replica"], buckets=BOUNDARIES, registry=registry)
+    reference = Histogram("seconds", "Time.", ["model_name", "latency_class", "replica"], buckets=BOUNDARIES, registry=registry)
     for model, value in values:
-        reference.labels(model, "r").observe(value)
+        reference.labels(model, "batch", "r").observe(value)
     wanted = {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for metric in registry.collect()

@@ -1,0 +1,95 @@
+"""What work that yields may take of a step: the rules of class `batch`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+from .kv_manager import KVManager
+from .pace import Pace
+from .running_set import RunningSet
+from .sequence import Sequence
+from .waiting_queue import WaitingQueue
+
+TOKEN_SHARE = 0.5
+"""Of the target for the time between tokens: prompts that yield fill a step up to there. Steps that belong to prompts
+which do not yield come between."""
+WAIT = -2
+"""Better no step than one of work that yields."""
+NOTHING = -1
+"""Nothing that yields has a part in the step."""
+
+
+class YieldingRules:
+    """Decides before each step.
+
+    Args:
+        budget: tokens of a step.
+        one_stage: a replica without pipeline stages, which can do with one plan in flight.
+    """
+
+    def __init__(
+        self, running: RunningSet, waiting: WaitingQueue, kv: KVManager, pace: Pace, budget: int, one_stage: bool
+    ) -> None:
+        self._running = running
+        self._waiting = waiting
+        self._kv = kv
+        self._pace = pace
+        self._budget = budget
+        self._one_stage = one_stage
+
+    def share(self, in_flight: Iterable[float], now: float) -> int:
+        """Tokens of prompts that yield which the next step may compute, or `NOTHING`, or `WAIT`.
+
+        Args:
+            in_flight: the seconds that each plan in flight takes.
+        """
+        running = self._running.tally
+        if not running.yielding and not self._waiting.tally.yielding:
+            return self._budget
+        if running.lacking > running.yielding_lacking:
+            return NOTHING  # a first token does not wait for them
+        head = self._waiting.head()
+        fits = head is not None and not head.pending and self._running.fits(head, self._kv.cached_prefix(head))
+        if fits and head is not None and not head.yields:
+            return NOTHING
+        rows, others = running.sequences, running.sequences - running.yielding
+        prompts_wait = fits or running.yielding_lacking > 0
+        delay = sum(in_flight)
+        patience = self._pace.patience(rows, now) - delay
+        least = self._pace.step_seconds(self._kv.block_size if prompts_wait else 0, rows)
+        if delay and least > patience and self._one_stage and (prompts_wait or not others):
+            # Two plans in flight would each have half the time, and spend it twice on reading the weights.
+            return WAIT
+        if not prompts_wait:
+            return 0
+        if others:
+            decoding = islice(self._running.sequences, others)
+            patience = min(patience, TOKEN_SHARE * min(sequence.request.latency.tpot for sequence in decoding))
+        # At least a trickle, lest a target that is out of reach stops all work that yields.
+        return max(self._pace.chunk_within(patience, rows, self._budget), self._kv.block_size)
+
+
+class PromptBudget:
+    """Tokens that a step has left for prompts, and the part of them that yielding ones may take."""
+
+    __slots__ = ("_tokens", "_yielding")
+
+    def __init__(self, tokens: int, yielding: int) -> None:
+        self._tokens = tokens
+        self._yielding = yielding
+
+    @property
+    def leaves_yielding_out(self) -> bool:
+        """Nothing that yields has a part in the step, so it can still be preempted while the step is planned."""
+        return self._yielding == NOTHING
+
+    def share(self, sequence: Sequence) -> int:
+        """For the next chunk; the sequence may need less."""
+        return min(self._tokens, self._yielding) if sequence.yields else self._tokens
+
+    def spend(self, sequence: Sequence, count: int) -> None:
+        """A chunk was planned."""
+        self._tokens -= count
+        if sequence.yields:
+            self._yielding -= count

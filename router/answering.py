@@ -1,0 +1,200 @@
+"""From a prepared request to its response: decide who answers, run it, and try the next best if that one is down."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from fastapi import Request, Response
+
+from ..cluster.errors import QueueFull, ReplicaUnavailable
+from ..cluster.latency_class import LatencyTargets
+from .decision import Decision
+from .engine_client import EngineClient, attempt_id
+from .escalation import DraftUnsure, Escalation
+from .event_stream import ClientGone, EventStream, while_connected
+from .explanation import explain, route_header
+from .generation import Delta, Updates, run_choices
+from .latency_request import latency_targets
+from .metrics import IngressMetrics, RequestTimer
+from .preparation import Context, Job, Preparation, find_models
+from .prompt_encoding import Encoded, ServedModel
+from .router import Router
+from .stream_encoder import StreamEncoder
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a request whose client went away; nobody receives it."""
+SESSION_HEADER = "x-session-id"
+ROUTE_HEADER = "x-troupe-route"
+_MAX_SESSION = 1024
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for besides its body's content."""
+
+    latency: LatencyTargets
+    cache_salt: str
+    session: str
+
+
+class Answering:
+    """Answers prepared requests over an engine client, as the router decides."""
+
+    def __init__(
+        self, served: Mapping[str, ServedModel], router: Router, engine: EngineClient, metrics: IngressMetrics
+    ) -> None:
+        self._served = served
+        self._router = router
+        self._engine = engine
+        self._metrics = metrics
+        escalation = router.config.escalation
+        self._escalation = None if escalation is None else Escalation(escalation)
+
+    async def answer(self, http: Request, preparation: Preparation[Any]) -> Response:
+        """The whole response, or its beginning and a stream."""
+        asked = self._asked(http, preparation)
+        try:
+            return await self._answer(http, preparation, asked)
+        except ClientGone:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except QueueFull as error:
+            self._metrics.refused.inc(1, {"latency_class": asked.latency.name, "code": error.code or ""})
+            raise
+
+    async def _answer(self, http: Request, preparation: Preparation[Any], asked: Asked) -> Response:
+        members = find_models(self._served, self._router.groups, preparation.request.model)
+        encoded = await preparation.encode([self._served[name] for name in members])
+        began = time.perf_counter()
+        given_up: dict[str, str] = {}
+        while True:
+            job, decision = self._decide(preparation, encoded, members, asked, given_up)
+            timer = RequestTimer(self._metrics, job.model, asked.latency, len(job.choices), began)
+            try:
+                return await self._run(http, job, decision, timer)
+            except ReplicaUnavailable as error:
+                given_up[job.model] = "down"
+                if len(given_up) == len(members):
+                    raise
+                logger.warning("%s is down (%s): the next best model answers", job.model, error)
+            except DraftUnsure as error:
+                given_up[job.model] = str(error)
+            finally:
+                self._router.release(attempt_id(job.choices[0].request.request_id, 0))
+
+    async def explain(self, http: Request, preparation: Preparation[Any]) -> dict[str, Any]:
+        """What would be decided, and by what; nothing is sent."""
+        asked = self._asked(http, preparation)
+        members = find_models(self._served, self._router.groups, preparation.request.model)
+        encoded = await preparation.encode([self._served[name] for name in members])
+        decision = self._route(preparation, encoded, members, asked)
+        everyone = self._router.survey(
+            members,
+            {name: encoded[name].prompts[0] for name in members},
+            preparation.max_tokens,
+            asked.latency,
+            cache_salt=asked.cache_salt,
+            session=asked.session,
+        )
+        return explain(self._router, decision, everyone, members, asked.latency)
+
+    # --- deciding -------------------------------------------------------------------------------------------------
+
+    def _asked(self, http: Request, preparation: Preparation[Any]) -> Asked:
+        request, headers = preparation.request, http.headers
+        salt = request.cache_salt or ""
+        if self._router.config.salt_by_api_key:
+            key = headers.get("authorization", "")
+            salt = f"{blake2b(key.encode(), digest_size=16).hexdigest()}/{salt}"
+        return Asked(
+            latency=latency_targets(headers, request.service_tier, self._router.classes),
+            cache_salt=salt,
+            session=(headers.get(SESSION_HEADER) or request.prompt_cache_key or "")[:_MAX_SESSION],
+        )
+
+    def _decide(
+        self,
+        preparation: Preparation[Any],
+        encoded: Mapping[str, Encoded],
+        members: Sequence[str],
+        asked: Asked,
+        given_up: Mapping[str, str],
+    ) -> tuple[Job, Decision]:
+        """Choose model and replica, and count the request there at once."""
+        left = [name for name in members if name not in given_up]
+        decision = self._route(preparation, encoded, left, asked, given_up)
+        context = Context(asked.latency, asked.cache_salt, scored=decision.checked)
+        job = preparation.job(self._served[decision.model], encoded[decision.model], context)
+        first = job.choices[0]
+        first.replica = decision.replica
+        for choice in job.choices:
+            # Where no replica is known of any model, the best one is waited for.
+            choice.patient = len(left) == 1 or decision.replica is None
+        self._router.reserve(attempt_id(first.request.request_id, 0), decision, asked.latency, asked.session)
+        return job, decision
+
+    def _route(
+        self,
+        preparation: Preparation[Any],
+        encoded: Mapping[str, Encoded],
+        models: Sequence[str],
+        asked: Asked,
+        given_up: Mapping[str, str] | None = None,
+    ) -> Decision:
+        return self._router.route(
+            models,
+            {name: encoded[name].prompts[0] for name in models},
+            preparation.max_tokens,
+            asked.latency,
+            preparation.facts(encoded[models[0]], asked.latency.name),
+            cache_salt=asked.cache_salt,
+            session=asked.session,
+            given_up=given_up or {},
+        )
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    async def _run(self, http: Request, job: Job, decision: Decision, timer: RequestTimer) -> Response:
+        headers = {"x-request-id": job.format.options.id, ROUTE_HEADER: route_header(decision)}
+        updates = run_choices(job.choices, self._engine, job.model)
+        try:
+            if decision.checked:
+                assert self._escalation is not None, "drafts are checked only where escalation is configured"
+                updates = await while_connected(http, self._escalation.check(updates))
+            if not job.stream:
+                body = await while_connected(http, _collect(job, updates, timer))
+                return Response(body, headers=headers, media_type="application/json")
+            encoder = StreamEncoder(job, timer)
+            # Until the first token a failure still has its own HTTP status.
+            first = encoder.event(await while_connected(http, anext(updates)))
+        except BaseException:
+            await updates.aclose()  # tokens may have come in the moment in which the client left
+            raise
+        return EventStream(first, updates, encoder, headers)
+
+
+async def _collect(job: Job, updates: Updates, timer: RequestTimer) -> bytes:
+    """The whole response body."""
+    parts: list[list[Delta]] = [[] for _ in job.choices]
+    try:
+        async for choice, delta in updates:
+            timer.update(choice.index, len(delta.tokens), delta.finish_reason)
+            parts[choice.index].append(delta)
+    finally:
+        await updates.aclose()
+    return job.format.body(job.choices, [_joined(deltas) for deltas in parts])
+
+
+def _joined(deltas: list[Delta]) -> Delta:
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        tokens=[token for delta in deltas for token in delta.tokens],
+        chances=[chance for delta in deltas for chance in delta.chances],
+        finish_reason=deltas[-1].finish_reason,
+    )

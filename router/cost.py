@@ -1,0 +1,126 @@
+"""The cost function: what it would cost to send one request to each of many replicas, of one or several models.
+
+Predicted times follow from each replica's measured step curve (`cluster/replica_report.py`), with
+
+    u  tokens of the prompt that its cache does not hold       q  tokens that are computed before, reported and sent
+    r  sequences that run beside them                          w  sequences that wait, with those sent
+    B  token budget of a step                                  S  slots
+
+    TTFT = ceil((q + u) / B) · (base + min(r, S) · decode_row) + (q + u) · prefill_token + slot wait
+    slot wait = max(0, r + w + 1 − S) · residence / S
+    TPOT = base + min(r + w + 1, S) · decode_row
+
+S is no more than the sequences that run (at least 1) where no block is free. Work that yields (class `batch`) does not
+count before a request that does not: the scheduler lets it go first. `cluster/queue_time.py` has the same formula for
+autoscaling; here most of it is worked out when a replica's state changes (`router/replica_state.py`).
+
+The cost is a sum of terms without unit, each 1 at its limit:
+
+    ttft · TTFT / target  +  tpot · TPOT / target  +  late · (what either exceeds its target by, in targets)
+    + delay · n · u · prefill_token / c / TTFT target  what computing the prompt takes from all others
+    + price · what it costs more than the cheapest candidate / price of the dearest
+    + switch · 1 if another model answered the session before
+
+n is the mean number of requests at a replica. A prompt that is computed anew although it lies in another cache is not
+paid for by its own request alone: the replica is busy with it for as long, and everyone who comes until then waits. The
+mean over all candidates, and not the replica's own number, because those who are there already do not wait for it. c is
+the number of requests under way with the same beginning, per replica that has it: of a copy of a prefix that is in such
+demand, others have the use.
+
+The price is that of the whole prompt, so that it weighs one model against another and not the replicas of one: what a
+warm cache saves is in the predicted times already, and in n · u · prefill_token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cluster.latency_class import LatencyTargets
+from ..cluster.router_config import CostWeights
+from .replica_state import Column
+
+Floats = NDArray[np.float64]
+
+
+class Costs(NamedTuple):
+    """One value per candidate."""
+
+    ttft: Floats
+    """Predicted seconds to the first token."""
+    tpot: Floats
+    """Predicted seconds per token after it."""
+    price: Floats
+    """Dollars for the request, whatever is cached of it."""
+    cost: Floats
+    """The sum of all terms: less is better."""
+
+
+def predict(columns: Floats, uncached: Floats | float, *, yields: bool) -> tuple[Floats, Floats]:
+    """TTFT and TPOT of a request on each replica, in seconds.
+
+    Args:
+        columns: of the fleet, [Column.COUNT, candidates].
+        uncached: tokens to be computed for the request, [candidates].
+        yields: the request is of class `batch`.
+    """
+    queued, step, over = (
+        (columns[Column.QUEUED], columns[Column.STEP], columns[Column.OVER])
+        if yields
+        else (columns[Column.URGENT_QUEUED], columns[Column.URGENT_STEP], columns[Column.URGENT_OVER])
+    )
+    tokens = queued + uncached
+    ttft = np.ceil(tokens * columns[Column.STEPS_PER_TOKEN])
+    ttft *= step
+    tokens *= columns[Column.PREFILL_TOKEN]
+    ttft += tokens
+    if over.max() > 0:
+        ttft += np.maximum(over, 0.0) * columns[Column.PLACE_SECONDS]
+    return ttft, columns[Column.TPOT]
+
+
+def evaluate(
+    columns: Floats,
+    lengths: Floats,
+    uncached: Floats,
+    output_tokens: float,
+    targets: LatencyTargets,
+    weights: CostWeights,
+    *,
+    session_model: int | None = None,
+    copies_wanted: float = 1.0,
+) -> Costs:
+    """What a request would cost on each replica.
+
+    Args:
+        columns: of the fleet, [Column.COUNT, candidates]; at least one candidate.
+        lengths: tokens of the prompt, [candidates].
+        uncached: of these, to be computed, [candidates].
+        output_tokens: that are expected.
+        targets: of the request.
+        weights: of the terms.
+        session_model: number of the model that answered the session before.
+        copies_wanted: requests under way that would use another copy of what is cached of the prompt, per copy.
+    """
+    ttft, tpot = predict(columns, uncached, yields=targets.yields)
+    price = lengths * columns[Column.PROMPT_PRICE]
+    price += output_tokens * columns[Column.OUTPUT_PRICE]
+
+    cost = ttft * (weights.ttft / targets.ttft)
+    cost += tpot * (weights.tpot / targets.tpot)
+    for seconds, target in ((ttft, targets.ttft), (tpot, targets.tpot)):
+        if seconds.max() > target:
+            cost += np.maximum(seconds - target, 0.0) * (weights.late / target)
+    present = float(columns[Column.PRESENT].sum()) / columns.shape[1]
+    if present:
+        taken = uncached * columns[Column.PREFILL_TOKEN]
+        taken *= weights.delay * present / copies_wanted / targets.ttft
+        cost += taken
+    dearest = float(price.max())
+    if dearest > 0:  # a part that all have in common would only blur the difference of the other terms
+        cost += (price - price.min()) * (weights.price / dearest)
+    if session_model is not None:
+        cost += weights.switch * (columns[Column.MODEL] != session_model)
+    return Costs(ttft, tpot, price, cost)
