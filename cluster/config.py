@@ -165,6 +165,11 @@ class ServeConfig(StrictModel):
     @model_validator(mode="after")
     def _unique_names(self) -> ServeConfig:
         names = [model.name for model in self.models]
+        if strange := [name for name in names if not (name.isascii() and name.isprintable())]:
+            raise ValueError(
+                f"the name {strange[0]!r} has characters that Ray's metrics and HTTP headers cannot carry; give the "
+                "model a served_model_name of printable ASCII characters"
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"models share the name {twice[0]!r}; give each its own served_model_name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -85,8 +85,6 @@ class Answering:
                 logger.warning("%s is down (%s): the next best model answers", job.model, error)
             except DraftUnsure as error:
                 given_up[job.model] = str(error)
-            finally:
-                self._router.release(attempt_id(job.choices[0].request.request_id, 0))
 
     async def explain(self, http: Request, preparation: Preparation[Any]) -> dict[str, Any]:
         """What would be decided, and by what; nothing is sent."""
@@ -161,6 +159,22 @@ class Answering:
     # --- running --------------------------------------------------------------------------------------------------
 
     async def _run(self, http: Request, job: Job, decision: Decision, timer: RequestTimer) -> Response:
+        """Run a job that is reserved, until its end or, of a stream, its first token."""
+        reserved = attempt_id(job.choices[0].request.request_id, 0)
+        streams = False
+        try:
+            response = await self._respond(http, job, decision, timer, lambda: self._router.release(reserved))
+            streams = job.stream
+            return response
+        finally:
+            if streams:
+                self._router.arrived(reserved)
+            else:
+                self._router.release(reserved)
+
+    async def _respond(
+        self, http: Request, job: Job, decision: Decision, timer: RequestTimer, on_end: Callable[[], None]
+    ) -> Response:
         headers = {"x-request-id": job.format.options.id, ROUTE_HEADER: route_header(decision)}
         updates = run_choices(job.choices, self._engine, job.model)
         try:
@@ -176,7 +190,7 @@ class Answering:
         except BaseException:
             await updates.aclose()  # tokens may have come in the moment in which the client left
             raise
-        return EventStream(first, updates, encoder, headers)
+        return EventStream(first, updates, encoder, headers, on_end)
 
 
 async def _collect(job: Job, updates: Updates, timer: RequestTimer) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Request, Response
@@ -92,8 +92,9 @@ class EventStream(Response, Generic[Update]):
         rest: Source[Update],
         encoder: Encoder[Update],
         headers: dict[str, str] | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
-        """Send `first_event` and the events of `rest`, and close `rest` at the end in any case.
+        """Send `first_event` and the events of `rest`; at the end, in any case, close `rest` and call `on_end`.
 
         An exception that `rest` or `encoder` raises becomes the last event.
         """
@@ -103,6 +104,7 @@ class EventStream(Response, Generic[Update]):
         self._first_event = first_event
         self._rest = rest
         self._encoder = encoder
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; returns early without an error when the client is gone."""
@@ -117,6 +119,8 @@ class EventStream(Response, Generic[Update]):
             await _stop(gone)
             await _stop(sending)
             await self._rest.aclose()
+            if self._on_end is not None:
+                self._on_end()
 
     async def _send_all(self, send_start: Send, send: Send) -> None:
         """Every token of every stream passes this loop: one task, and no layer that is not needed."""

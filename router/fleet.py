@@ -175,7 +175,9 @@ class Fleet:
             )
             found = (state.sent, state.sent_tokens, state.yielding_sent, state.yielding_sent_tokens)
             assert found == expected, f"{name}: {found} was counted, the reservations say {expected}"
-            assert tuple(self.columns[:, index].tolist()) == tuple(map(float, state.row())), f"the row of {name} is stale"
+            assert tuple(self.columns[:, index].tolist()) == tuple(map(float, state.row())), (
+                f"the row of {name} is stale"
+            )
             full += state.full
         assert full == self.num_full, f"{self.num_full} replicas are counted as full, {full} are"
         assert sum(map(len, self._members.values())) == len(self._row_of), "a replica is lost or doubled"

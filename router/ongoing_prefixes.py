@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-
 STRIDE = 4
-"""Only every so manieth block is kept: the hash of a block stands for all before it, too."""
+"""Only one block in so many is kept: the hash of a block stands for all before it, too."""
 
 
 class OngoingPrefixes:

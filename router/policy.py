@@ -24,8 +24,8 @@ from .fleet import Fleet
 from .replica_state import Column
 
 TIE = 0.01
-"""Candidates whose cost is this close to the best (a share of it) are equal: the one that was chosen longest ago wins, so
-that idle replicas take turns."""
+"""Candidates whose cost is this close to the best (a share of it) are equal: the one that was chosen longest ago wins,
+so that idle replicas take turns."""
 MAX_RETRY_SECONDS = 3600
 
 

@@ -201,7 +201,8 @@ class Generation:
         now = asyncio.get_running_loop().time()
         if isinstance(error, errors.QueueFull | errors.ReplicaUnavailable):
             # A client whose answer has begun cannot send the request again, so we do.
-            if not self._losses or now >= self._deadline:
+            late = isinstance(error, errors.TargetUnreachable)
+            if not self._losses or now >= self._deadline or late:
                 raise error
             self._retries += 1
         else:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import msgspec
 
 from ..cluster.block_hash import short_block_hashes
-from ..cluster.errors import RequestError
+from ..cluster.errors import QueueFull, RequestError
 from ..cluster.latency_class import LatencyTargets
 from ..cluster.messages import ModelCard
 from ..cluster.request import EngineRequest
@@ -149,7 +149,13 @@ class Router:
         if request.generated and targets.refuse_late:  # its client has begun to read
             targets = msgspec.structs.replace(targets, refuse_late=False)
         choice = Choice((model,), "the only model")
-        return self._decide(choice, views, (), request.sampling.max_tokens, targets, "")
+        try:
+            return self._decide(choice, views, (), request.sampling.max_tokens, targets, "")
+        except QueueFull:
+            if not request.generated:
+                raise
+            # Its client has begun to read, so the scheduler takes it in all the same; Serve finds a replica.
+            return Decision(model=model, reason="all queues are full", choice=choice, prompt=views[model])
 
     def reserve(self, request_id: str, decision: Decision, targets: LatencyTargets, session: str = "") -> None:
         """Count a request that is being sent where `decision` says."""
@@ -158,6 +164,10 @@ class Router:
         if decision.replica is not None:
             self.fleet.reserve(request_id, decision.replica, decision.uncached_tokens, yields=targets.yields)
             self._ongoing.add(request_id, decision.replica, decision.prompt.hashes)
+
+    def arrived(self, request_id: str) -> None:
+        """The replica has the request, whether it has reported it yet or not."""
+        self.fleet.release(request_id)
 
     def started(self, request_id: str) -> None:
         """The request has its first token, so its prompt is in the replica's cache."""

@@ -13,8 +13,8 @@ from simulated_shard import SimulatedShard, generate
 from raytroupe.actors.control_calls import ControlCalls
 from raytroupe.actors.engine_loop import EngineLoop
 from raytroupe.actors.executor import LocalExecutor
-from raytroupe.actors.repetition import repeat
 from raytroupe.actors.ingress_connection import RECONNECT_SECONDS
+from raytroupe.actors.repetition import repeat
 from raytroupe.actors.token_sender import TokenSender
 from raytroupe.cluster.errors import ShardFailed
 from raytroupe.cluster.latency_class import LatencyTargets

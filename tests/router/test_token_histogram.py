@@ -42,7 +42,9 @@ def published(values: list[tuple[str, float]]) -> dict[Any, float]:
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(BOUNDARIES) | st.floats(0, 10)), max_size=30))
 def test_series_are_those_of_prometheus(values) -> None:
     registry = CollectorRegistry()
-    reference = Histogram("seconds", "Time.", ["model_name", "latency_class", "replica"], buckets=BOUNDARIES, registry=registry)
+    reference = Histogram(
+        "seconds", "Time.", ["model_name", "latency_class", "replica"], buckets=BOUNDARIES, registry=registry
+    )
     for model, value in values:
         reference.labels(model, "batch", "r").observe(value)
     wanted = {
