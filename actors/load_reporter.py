@@ -22,7 +22,7 @@ from ..cluster.replica_report import ReplicaLoad, ReplicaReport
 from ..cluster.secure_socket import SecureContext
 from .ingress_connection import IngressConnection
 
-REPORT_SECONDS = 0.03
+REPORT_SECONDS = 0.1
 """Between two reports: a shorter step does not pay for one of its own."""
 HEARTBEAT_SECONDS = 0.5
 _REMEMBERED_ARRIVALS = 1024

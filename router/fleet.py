@@ -24,6 +24,11 @@ RESERVATION_SECONDS = 60.0
 """A reservation that nobody released by then has been lost on some way that was not thought of."""
 _LONGEST = 86_400.0
 """Seconds; what a replica reports to take longer is a mistake."""
+_SHARED = 0.5
+"""Of the mean curve of its model in a replica's curve: on a machine that others disturb, replicas that are equal measure
+themselves as different, and half of the difference is enough to see that one is on slower hardware."""
+_NEWS = 1 / 16
+"""Of a report in that mean."""
 SUSPECT_SECONDS = 5.0
 """A replica that broke a request gets no new ones for so long, unless there is no other."""
 
@@ -132,7 +137,9 @@ class Fleet:
         if not _plausible(load):
             load = msgspec.structs.replace(load, curve=None, residence=0.0)
         if load.curve is not None:
-            self._curves[state.card.name] = state.curve = load.curve
+            shared = self._curves.get(state.card.name, load.curve)
+            self._curves[state.card.name] = _mixed(shared, load.curve, _NEWS)
+            state.curve = _mixed(load.curve, shared, _SHARED)
         elif state.curve is None:
             state.curve = self._curves.get(state.card.name)
         was_full = state.full
@@ -222,6 +229,15 @@ class Fleet:
         self._suspect_until.pop(name, None)
         for request in [key for key, held in self._reservations.items() if held.replica == name]:
             del self._reservations[request]
+
+
+def _mixed(one: StepCurve, other: StepCurve, share: float) -> StepCurve:
+    """`share` of the other curve in one."""
+    return StepCurve(
+        one.base + share * (other.base - one.base),
+        one.prefill_token + share * (other.prefill_token - one.prefill_token),
+        one.decode_row + share * (other.decode_row - one.decode_row),
+    )
 
 
 def _plausible(load: ReplicaLoad) -> bool:

@@ -23,7 +23,7 @@ from .decision import Candidates, Choice, Decision, Prompt
 from .fleet import Fleet
 from .replica_state import Column
 
-TIE = 0.01
+TIE = 0.02
 """Candidates whose cost is this close to the best (a share of it) are equal: the one that was chosen longest ago wins,
 so that idle replicas take turns."""
 MAX_RETRY_SECONDS = 3600
@@ -176,7 +176,8 @@ def _allowed(fleet: Fleet, found: Candidates, targets: LatencyTargets, models: t
 
 def _check_possible(fleet: Fleet, found: Candidates, targets: LatencyTargets) -> None:
     """Refuse explicit targets below what an idle replica with a warm cache takes, as far as that was measured."""
-    curves: list[Any] = [fleet.state(row).curve for row in found.rows.tolist()]
+    states = [fleet.state(row) for row in found.rows.tolist()]
+    curves: list[Any] = [state.load.curve or state.curve for state in states]
     if None in curves:
         return
     fastest_first = min(curve.seconds(1, 0) for curve in curves)

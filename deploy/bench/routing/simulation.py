@@ -21,7 +21,7 @@ from ....cluster.step import StepPlan, StepResult
 from ..client import Outcome
 from ..workload import Request
 
-REPORT_SECONDS = 0.03
+REPORT_SECONDS = 0.1
 """Between two reports of a replica, as in `actors/load_reporter.py`."""
 NETWORK_SECONDS = 0.001
 """A report or a request takes so long to arrive."""
