@@ -67,7 +67,7 @@ def build_application(
         [model.card for model in models],
         handles,
         config.router,
-        read_classifier(config.router),
+        read_classifier(config.router, [model.card.name for model in models]),
         config.max_body_bytes,
         alone,
         chooses_replicas=request_router is None,

@@ -198,10 +198,11 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 def _serve(config: ServeConfig) -> int:
     """Check what can be checked, start, and run until interrupted; the exit status."""
     from ..actors.placement import scaling_notices
-    from .served_model import resolve_models
+    from .served_model import read_classifier, resolve_models
 
     capacity = local_capacity()
     try:
+        read_classifier(config.router, [model.name for model in config.models])
         models = resolve_models(config.models, capacity)
     except TroupeError as error:
         return _report(error)

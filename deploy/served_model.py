@@ -89,16 +89,21 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
     return served
 
 
-def read_classifier(config: RouterConfig) -> bytes | None:
+def read_classifier(config: RouterConfig, served: Sequence[str]) -> bytes | None:
     """The content of the fitted classifier's file, if one is configured; `demo` is that of the embedded models.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: it cannot be read, is none, or knows none of the models that are `served`.
     """
     if config.classifier is None:
         return None
     path = find_classifier(config.classifier)
-    Classifier.load(path)
+    known = Classifier.load(path).models
+    if not set(known) & set(served):
+        raise ConfigError(
+            f"router.classifier = {config.classifier!r}: it was fitted for {', '.join(known)}, and served are "
+            f"{', '.join(served)}; fit one with --models NAME=MODEL, or name the models as it does"
+        )
     return path.read_bytes()
 
 

@@ -25,7 +25,7 @@ RESERVATION_SECONDS = 60.0
 _LONGEST = 86_400.0
 """Seconds; what a replica reports to take longer is a mistake."""
 _SHARED = 0.5
-"""Of the mean curve of its model in a replica's curve: on a machine that others disturb, replicas that are equal measure
+"""Of the mean curve of its model in a replica's curve: on a machine that others disturb, equal replicas measure
 themselves as different, and half of the difference is enough to see that one is on slower hardware."""
 _NEWS = 1 / 16
 """Of a report in that mean."""
