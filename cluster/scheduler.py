@@ -17,6 +17,7 @@ tokens go out again with the next plan.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from .kv_manager import KVManager
 from .late_requests import LateRequests
 from .overdue import Overdue
 from .pace import Pace
+from .queue_time import first_token_seconds
 from .replica_report import ReplicaLoad
 from .request import EngineRequest, FinishReason, TokenOutput
 from .request_checks import check_request
@@ -40,6 +42,7 @@ from .step import NewSequence, StepPlan, StepResult
 from .waiting_queue import WaitingQueue
 from .yielding import NOTHING, WAIT, PromptBudget, YieldingRules
 
+MAX_RETRY_SECONDS = 3600
 PRIORITY_SECONDS = 30.0
 """One step of priority is worth this much waiting: a request is due at arrival + target for the first token +
 priority × 30 s, fixed at arrival. In time every request is more urgent than all that come later: nothing starves."""
@@ -118,7 +121,7 @@ class Scheduler:
             raise QueueFull(
                 f"{len(self._waiting)} requests wait already (max_num_waiting = {self.config.max_num_waiting}); "
                 "try again later",
-                retry_after=1,
+                retry_after=self._retry_seconds(request),
             )
         now, latency = self._clock(), request.latency
         self._arrivals += 1
@@ -132,6 +135,11 @@ class Scheduler:
             self._overdue.add(sequence)
         self._waiting.push(sequence)
         self._late.watch(sequence)
+
+    def _retry_seconds(self, request: EngineRequest) -> int:
+        """Until a request like this one would have its turn, as predicted; at least 1."""
+        wait = first_token_seconds(self.load(), yields=request.latency.yields) or 0.0
+        return min(MAX_RETRY_SECONDS, max(1, math.ceil(wait)))
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its blocks at once; False if it is not here (any more)."""

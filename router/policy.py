@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cluster.errors import InvalidRequest, QueueFull, TargetUnreachable
+from ..cluster.errors import InvalidRequest, TargetUnreachable
 from ..cluster.latency_class import EXPLICIT, LatencyTargets
 from ..cluster.router_config import CostWeights
 from .cost import Costs, Floats, evaluate
@@ -53,7 +53,6 @@ def decide(
         fallbacks: models that answer when no replica of the others is up, best first.
 
     Raises:
-        QueueFull: every replica's queue is full.
         TargetUnreachable: no replica can meet the target now, and the class refuses late answers.
         InvalidRequest: an explicit target that even an idle replica cannot meet.
     """
@@ -69,7 +68,7 @@ def decide(
     if targets.name == EXPLICIT and targets.refuse_late:
         _check_possible(fleet, found, targets)
     costs = found.costs
-    cost = _allowed(fleet, found, targets, models)
+    cost = _allowed(fleet, found, targets)
     least = int(cost.argmin())
     ties = np.flatnonzero(cost <= cost[least] + TIE * abs(cost[least])).tolist()
     rows = found.rows
@@ -146,20 +145,14 @@ def _prompt_lengths(
     return lengths, warm[rows] if anywhere else np.zeros(len(rows))
 
 
-def _allowed(fleet: Fleet, found: Candidates, targets: LatencyTargets, models: tuple[str, ...]) -> Floats:
+def _allowed(fleet: Fleet, found: Candidates, targets: LatencyTargets) -> Floats:
     """The candidates' costs, infinite for those that may not get the request. Raises as `decide` does."""
     costs: Costs = found.costs
     cost = costs.cost
     if fleet.num_full:
         full = np.array([fleet.state(row).full for row in found.rows.tolist()])
-        if full.all():
-            wait = float(costs.ttft.min())
-            raise QueueFull(
-                f"the queues of all {len(full)} replicas of {', '.join(models)} are full; the first of them is "
-                f"predicted to have room in {wait:.1f} s",
-                retry_after=_retry_seconds(wait),
-            )
-        cost = np.where(full, np.inf, cost)
+        if not full.all():  # else a scheduler decides, which knows whether there is room by now
+            cost = np.where(full, np.inf, cost)
     if targets.refuse_late and float(costs.ttft.max()) > targets.ttft:
         late = costs.ttft > targets.ttft
         with_room = np.isfinite(cost)

@@ -6,11 +6,12 @@ import msgspec
 import pytest
 from scheduler_steps import Clock, make_scheduler, request, result_of, step
 
-from raytroupe.cluster.errors import TargetUnreachable
+from raytroupe.cluster.errors import QueueFull, TargetUnreachable
 from raytroupe.cluster.latency_class import BATCH, DEFAULT, DEFAULT_TARGETS, EXPLICIT, INTERACTIVE, LatencyTargets
 from raytroupe.cluster.overdue import Overdue
 from raytroupe.cluster.replica_report import StepCurve
-from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.request import EngineRequest, SamplingParams
+from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
 
 CURVE = StepCurve(base=0.01, prefill_token=0.001, decode_row=0.001)
 IMPATIENT = LatencyTargets(name=EXPLICIT, ttft=0.1, refuse_late=True)
@@ -349,3 +350,18 @@ def test_finished_requests_say_whether_they_met_their_targets(first, later, met)
     (times,) = scheduler.stats.drain_finished()
     assert (times.latency_class, times.ttft_met, times.tpot_met) == (INTERACTIVE, *met)
     assert times.within_target is all(met)
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    config = SchedulerConfig(
+        num_blocks=200, block_size=4, max_model_len=400, max_num_seqs=2, max_num_batched_tokens=50, max_num_waiting=3
+    )
+    scheduler = Scheduler(config)
+    for _ in range(40):
+        scheduler.pace.step_ended(1.0 + 0.02 * 50, 50, 0)
+    for number in range(3):
+        scheduler.add(EngineRequest(request_id=f"r{number}", prompt=[1] * 100, sampling=SamplingParams()))
+    with pytest.raises(QueueFull) as refused:
+        scheduler.add(EngineRequest(request_id="late", prompt=[1] * 100, sampling=SamplingParams()))
+    # 300 tokens ahead: six steps of two seconds.
+    assert 10 <= refused.value.retry_after <= 14

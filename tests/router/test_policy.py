@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from routing_fleet import Clock, card, load
 
-from raytroupe.cluster.errors import InvalidRequest, QueueFull, TargetUnreachable
+from raytroupe.cluster.errors import InvalidRequest, TargetUnreachable
 from raytroupe.cluster.latency_class import BATCH, DEFAULT_TARGETS, EXPLICIT, LatencyTargets
 from raytroupe.cluster.price import TokenPrices
 from raytroupe.cluster.replica_report import StepCurve
 from raytroupe.cluster.router_config import CostWeights
 from raytroupe.router.decision import Choice, Decision, Prompt
 from raytroupe.router.fleet import Fleet
-from raytroupe.router.policy import MAX_RETRY_SECONDS, decide
+from raytroupe.router.policy import decide
 from raytroupe.router.replica_state import UNKNOWN_CURVE
 
 Send = Callable[..., Decision]
@@ -254,34 +254,10 @@ def test_where_one_queue_is_not_full_its_replica_gets_the_request(fleet, ask) ->
     assert ask(warm={"l1": 19}).replica == "l2"
 
 
-def test_where_all_queues_are_full_the_client_is_told_when_to_come_again(fleet, ask) -> None:
+def test_where_all_queues_are_full_a_scheduler_decides(fleet, ask) -> None:
     for number, replica in enumerate(["l1", "l2", "l3", "l4"]):
         fleet.report(replica, load(waiting=1024, prefill_tokens=(number + 2) * 10_000))
-    with pytest.raises(QueueFull, match="all 4 replicas of large are full") as refused:
-        ask()
-    # l1: 20 320 tokens in 318 steps of 10 ms, and 0.1 ms for each token.
-    assert refused.value.retry_after == 6
-    assert "5.2 s" in refused.value.message
-    assert not isinstance(refused.value, TargetUnreachable)
-
-
-def test_requests_on_their_way_fill_a_queue_as_well() -> None:
-    fleet = Fleet([card("m", max_num_waiting=3)], Clock())
-    fleet.set_replicas("m", ["r"])
-    for number in range(3):
-        assert choose(fleet).replica == "r"
-        fleet.reserve(f"r{number}", "r", TOKENS, yields=False)
-    with pytest.raises(QueueFull):
-        choose(fleet)
-    fleet.release("r1")
-    assert choose(fleet).replica == "r"
-
-
-def test_retry_after_is_never_longer_than_an_hour(fleet, ask) -> None:
-    all_report(fleet, waiting=1024, running=4, residence=3600.0)
-    with pytest.raises(QueueFull) as refused:
-        ask()
-    assert refused.value.retry_after == MAX_RETRY_SECONDS
+    assert ask().replica == "l1"
 
 
 # --- targets ------------------------------------------------------------------------------------------------------

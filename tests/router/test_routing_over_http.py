@@ -211,18 +211,6 @@ async def test_a_target_that_cannot_be_met_now_is_refused_with_the_time_to_wait(
     assert service.engine.requests == []
 
 
-@STREAM
-async def test_where_every_queue_is_full_the_client_is_told_when_to_come_again(serve, stream) -> None:
-    service = serve()
-    for replica in ("large-1", "large-2"):
-        service.router.fleet.report(replica, load(waiting=1024, prefill_tokens=20_000))
-    response = await service.post(BODY | {"stream": stream})
-    assert response.status_code == 429
-    assert response.json()["error"]["code"] == "queue_full"
-    assert 4 <= int(response.headers["retry-after"]) <= 7
-    assert service.engine.requests == []
-
-
 # --- salts --------------------------------------------------------------------------------------------------------
 
 
