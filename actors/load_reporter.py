@@ -13,9 +13,8 @@ from collections import deque
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
 
-from ..cluster.block_hash import DIGEST_BYTES, SHORT_BITS
+from ..cluster.block_hash import short_hashes
 from ..cluster.block_pool import BlockPool
 from ..cluster.messages import Endpoint
 from ..cluster.replica_report import ReplicaLoad, ReplicaReport
@@ -27,8 +26,6 @@ REPORT_SECONDS = 0.1
 HEARTBEAT_SECONDS = 0.5
 _REMEMBERED_ARRIVALS = 1024
 """Ids of requests that a snapshot repeats, for an ingress that has missed the report of their arrival."""
-
-_SHORT_MASK = np.uint64((1 << SHORT_BITS) - 1)
 
 
 class LoadReporter:
@@ -170,7 +167,4 @@ class LoadReporter:
 
 def pack_hashes(digests: list[bytes]) -> bytes:
     """Their short hashes, as a report has them."""
-    if not digests:
-        return b""
-    halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, DIGEST_BYTES // 8)
-    return (halves[:, 0] & _SHORT_MASK).tobytes()
+    return short_hashes(digests).astype("<i8", copy=False).tobytes()

@@ -7,10 +7,12 @@ warm, keep `short_hash`: a collision there costs a wrong guess and never a wrong
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
 
 DIGEST_BYTES = 16
 SHORT_BITS = 60
@@ -35,11 +37,14 @@ def short_hash(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little") & _SHORT_MASK
 
 
+def short_hashes(digests: Sequence[bytes]) -> NDArray[np.int64]:
+    """`short_hash` of each."""
+    halves = np.frombuffer(b"".join(digests), "<i8").reshape(-1, DIGEST_BYTES // 8)
+    return halves[:, 0].astype(np.int64, copy=False) & _SHORT_MASK
+
+
 def short_block_hashes(tokens: Sequence[int], block_size: int, salt: str) -> list[int]:
     """Short hashes of the full blocks of `tokens`, first block first."""
     hashes: list[bytes] = []
     extend_block_hashes(hashes, tokens, block_size, salt)
-    words = array("Q", b"".join(hashes))
-    if sys.byteorder == "big":
-        words.byteswap()
-    return [word & _SHORT_MASK for word in words[:: DIGEST_BYTES // 8]]
+    return short_hashes(hashes).tolist()

@@ -25,6 +25,8 @@ import math
 from .latency_class import BATCH, CLASS_NAMES
 from .replica_report import ReplicaLoad
 
+MAX_RETRY_SECONDS = 3600
+
 
 def first_token_seconds(load: ReplicaLoad, *, yields: bool, uncached_tokens: int = 0) -> float | None:
     """Predicted seconds until the first token of a request that arrives now; with 0 tokens of its own, what it waits.
@@ -51,3 +53,8 @@ def queue_seconds(load: ReplicaLoad) -> dict[str, float]:
     left out."""
     waits = {name: first_token_seconds(load, yields=name == BATCH) for name in CLASS_NAMES}
     return {name: seconds for name, seconds in waits.items() if seconds is not None}
+
+
+def retry_seconds(wait: float) -> int:
+    """What a refused request is told for a predicted wait (Retry-After): whole seconds, at least 1."""
+    return min(MAX_RETRY_SECONDS, max(1, math.ceil(wait)))

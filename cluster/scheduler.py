@@ -17,7 +17,6 @@ tokens go out again with the next plan.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from .kv_manager import KVManager
 from .late_requests import LateRequests
 from .overdue import Overdue
 from .pace import Pace
-from .queue_time import first_token_seconds
+from .queue_time import first_token_seconds, retry_seconds
 from .replica_report import ReplicaLoad
 from .request import EngineRequest, FinishReason, TokenOutput
 from .request_checks import check_request
@@ -42,7 +41,6 @@ from .step import NewSequence, StepPlan, StepResult
 from .waiting_queue import WaitingQueue
 from .yielding import NOTHING, WAIT, PromptBudget, YieldingRules
 
-MAX_RETRY_SECONDS = 3600
 PRIORITY_SECONDS = 30.0
 """One step of priority is worth this much waiting: a request is due at arrival + target for the first token +
 priority × 30 s, fixed at arrival. In time every request is more urgent than all that come later: nothing starves."""
@@ -138,8 +136,7 @@ class Scheduler:
 
     def _retry_seconds(self, request: EngineRequest) -> int:
         """Until a request like this one would have its turn, as predicted; at least 1."""
-        wait = first_token_seconds(self.load(), yields=request.latency.yields) or 0.0
-        return min(MAX_RETRY_SECONDS, max(1, math.ceil(wait)))
+        return retry_seconds(first_token_seconds(self.load(), yields=request.latency.yields) or 0.0)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its blocks at once; False if it is not here (any more)."""

@@ -25,7 +25,8 @@ from ..cluster.messages import Endpoint
 from ..router.ingress import Ingress
 from ..router.request_router import ChosenReplica
 from .autoscaling import autoscaling_config
-from .served_model import ServedModel, read_classifier
+from .routing.classifier_file import read_classifier
+from .served_model import ServedModel
 
 APPLICATION = "troupe"
 

@@ -198,7 +198,8 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 def _serve(config: ServeConfig) -> int:
     """Check what can be checked, start, and run until interrupted; the exit status."""
     from ..actors.placement import scaling_notices
-    from .served_model import read_classifier, resolve_models
+    from .routing.classifier_file import read_classifier
+    from .served_model import resolve_models
 
     capacity = local_capacity()
     try:

@@ -20,12 +20,9 @@ from ..cluster.kv_memory import DeviceMemory
 from ..cluster.messages import ModelCard
 from ..cluster.model_spec import ModelSpec, load_generation_defaults, load_spec
 from ..cluster.price import estimated_prices
-from ..cluster.router_config import RouterConfig
 from ..cluster.topology import ShardLayout, all_layouts, check_topology, weight_bytes
-from ..router.classifier import Classifier
 from .evaluation_gate import check_evaluated
 from .model_folder import find_model_folder
-from .routing.classifier_file import find_classifier
 from .weight_files import check_weight_files
 
 
@@ -87,24 +84,6 @@ def resolve_models(models: Sequence[ModelConfig], capacity: Capacity) -> list[Se
         _check_kv_memory(settings, spec, dtype_bytes)
         served.append(ServedModel(model, device, settings, card))
     return served
-
-
-def read_classifier(config: RouterConfig, served: Sequence[str]) -> bytes | None:
-    """The content of the fitted classifier's file, if one is configured; `demo` is that of the embedded models.
-
-    Raises:
-        ConfigError: it cannot be read, is none, or knows none of the models that are `served`.
-    """
-    if config.classifier is None:
-        return None
-    path = find_classifier(config.classifier)
-    known = Classifier.load(path).models
-    if not set(known) & set(served):
-        raise ConfigError(
-            f"router.classifier = {config.classifier!r}: it was fitted for {', '.join(known)}, and served are "
-            f"{', '.join(served)}; fit one with --models NAME=MODEL, or name the models as it does"
-        )
-    return path.read_bytes()
 
 
 def _measured_quality(model: ModelConfig, folder: Path) -> dict[str, Any]:

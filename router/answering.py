@@ -69,8 +69,7 @@ class Answering:
             raise
 
     async def _answer(self, http: Request, preparation: Preparation[Any], asked: Asked) -> Response:
-        members = find_models(self._served, self._router.groups, preparation.request.model)
-        encoded = await preparation.encode([self._served[name] for name in members])
+        members, encoded = await self._encode(preparation)
         began = time.perf_counter()
         given_up: dict[str, str] = {}
         while True:
@@ -89,12 +88,11 @@ class Answering:
     async def explain(self, http: Request, preparation: Preparation[Any]) -> dict[str, Any]:
         """What would be decided, and by what; nothing is sent."""
         asked = self._asked(http, preparation)
-        members = find_models(self._served, self._router.groups, preparation.request.model)
-        encoded = await preparation.encode([self._served[name] for name in members])
+        members, encoded = await self._encode(preparation)
         decision = self._route(preparation, encoded, members, asked)
         everyone = self._router.survey(
             members,
-            {name: encoded[name].prompts[0] for name in members},
+            _first_prompts(encoded, members),
             preparation.max_tokens,
             asked.latency,
             cache_salt=asked.cache_salt,
@@ -115,6 +113,11 @@ class Answering:
             cache_salt=salt,
             session=(headers.get(SESSION_HEADER) or request.prompt_cache_key or "")[:_MAX_SESSION],
         )
+
+    async def _encode(self, preparation: Preparation[Any]) -> tuple[tuple[str, ...], dict[str, Encoded]]:
+        """The models that the client allows, and the request as each of them sees it."""
+        members = find_models(self._served, self._router.groups, preparation.request.model)
+        return members, await preparation.encode([self._served[name] for name in members])
 
     def _decide(
         self,
@@ -147,7 +150,7 @@ class Answering:
     ) -> Decision:
         return self._router.route(
             models,
-            {name: encoded[name].prompts[0] for name in models},
+            _first_prompts(encoded, models),
             preparation.max_tokens,
             asked.latency,
             preparation.facts(encoded[models[0]], asked.latency.name),
@@ -191,6 +194,11 @@ class Answering:
             await updates.aclose()  # tokens may have come in the moment in which the client left
             raise
         return EventStream(first, updates, encoder, headers, on_end)
+
+
+def _first_prompts(encoded: Mapping[str, Encoded], models: Sequence[str]) -> dict[str, list[int]]:
+    """What a decision goes by: of several prompts the first, as each model sees it."""
+    return {name: encoded[name].prompts[0] for name in models}
 
 
 async def _collect(job: Job, updates: Updates, timer: RequestTimer) -> bytes:

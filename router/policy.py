@@ -8,7 +8,6 @@ Pure functions of what is known: nothing is sent, counted or awaited here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..cluster.errors import InvalidRequest, TargetUnreachable
 from ..cluster.latency_class import EXPLICIT, LatencyTargets
+from ..cluster.queue_time import retry_seconds
 from ..cluster.router_config import CostWeights
 from .cost import Costs, Floats, evaluate
 from .decision import Candidates, Choice, Decision, Prompt
@@ -26,7 +26,6 @@ from .replica_state import Column
 TIE = 0.02
 """Candidates whose cost is this close to the best (a share of it) are equal: the one that was chosen longest ago wins,
 so that idle replicas take turns."""
-MAX_RETRY_SECONDS = 3600
 
 
 def decide(
@@ -162,7 +161,7 @@ def _allowed(fleet: Fleet, found: Candidates, targets: LatencyTargets) -> Floats
             raise TargetUnreachable(
                 f"the first token is predicted after {wait:.2f} s at best, and the target of class {targets.name} is "
                 f"{targets.ttft:g} s; try again later or with a larger target",
-                retry_after=_retry_seconds(wait - targets.ttft),
+                retry_after=retry_seconds(wait - targets.ttft),
             )
     return cost
 
@@ -194,7 +193,3 @@ def _replica_reason(found: Candidates, prompt: Prompt, cached: int) -> str:
     if most > cached:
         return f"spilled over: a replica with {most} tokens cached is too busy"
     return f"warm cache ({cached} tokens)" if cached else "least loaded"
-
-
-def _retry_seconds(wait: float) -> int:
-    return min(MAX_RETRY_SECONDS, max(1, math.ceil(wait)))

@@ -96,13 +96,13 @@ class ReplicaState:
         """The columns of `Column`."""
         load, card = self.load, self.card
         curve = self.curve or UNKNOWN_CURVE
-        running, waiting = load.running, load.waiting + self.sent
+        running, waiting = load.running, self.waiting
         urgent_running = running - load.yielding_running
         urgent_waiting = waiting - load.yielding_waiting - self.yielding_sent
         slots = load.max_num_seqs
         if load.free_blocks <= 0:
             slots = min(slots, max(1, running))
-        queued = load.prefill_tokens + self.sent_tokens
+        queued = self.queued_tokens
         prices = card.estimated_prices
         if card.price_per_hour is not None:
             prices = token_prices(card.price_per_hour, curve, card.max_num_seqs)

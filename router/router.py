@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import msgspec
 
 from ..cluster.block_hash import short_block_hashes
-from ..cluster.errors import QueueFull, RequestError
+from ..cluster.errors import RequestError
 from ..cluster.latency_class import LatencyTargets
 from ..cluster.messages import ModelCard
 from ..cluster.request import EngineRequest
@@ -62,13 +62,6 @@ class Router:
         self._sessions = Sessions()
         self._ongoing = OngoingPrefixes()
 
-    def members(self, name: str) -> tuple[str, ...] | None:
-        """The models that may answer a request for `name`, a model or a group; None if there is neither."""
-        if name in self.fleet.cards:
-            return (name,)
-        group = self._groups.get(name)
-        return None if group is None else tuple(group)
-
     @property
     def groups(self) -> Mapping[str, Sequence[str]]:
         """Names that stand for several models."""
@@ -99,7 +92,7 @@ class Router:
             given_up: models that were tried for the request already → why they do not answer.
 
         Raises:
-            QueueFull, TargetUnreachable, InvalidRequest: as `policy.decide`.
+            TargetUnreachable, InvalidRequest: as `policy.decide`.
         """
         needed = {model: len(prompts[model]) + (max_tokens or 1) for model in models}
         choice = self._variants.choose(models, facts, needed, given_up)
@@ -149,13 +142,7 @@ class Router:
         if request.generated and targets.refuse_late:  # its client has begun to read
             targets = msgspec.structs.replace(targets, refuse_late=False)
         choice = Choice((model,), "the only model")
-        try:
-            return self._decide(choice, views, (), request.sampling.max_tokens, targets, "")
-        except QueueFull:
-            if not request.generated:
-                raise
-            # Its client has begun to read, so the scheduler takes it in all the same; Serve finds a replica.
-            return Decision(model=model, reason="all queues are full", choice=choice, prompt=views[model])
+        return self._decide(choice, views, (), request.sampling.max_tokens, targets, "")
 
     def reserve(self, request_id: str, decision: Decision, targets: LatencyTargets, session: str = "") -> None:
         """Count a request that is being sent where `decision` says."""

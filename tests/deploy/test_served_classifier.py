@@ -8,7 +8,7 @@ import pytest
 
 from raytroupe.cluster.errors import ConfigError
 from raytroupe.cluster.router_config import RouterConfig
-from raytroupe.deploy.served_model import read_classifier
+from raytroupe.deploy.routing.classifier_file import read_classifier
 from raytroupe.router.classifier import Classifier
 
 

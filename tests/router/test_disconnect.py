@@ -48,7 +48,7 @@ async def test_leaving_in_the_middle_of_the_body_is_quiet(address, engine, caplo
     async with httpx.AsyncClient(base_url=address) as client:
         assert (await client.post("/v1/chat/completions", json=BODY)).status_code == 200
     assert len(engine.requests) == 1
-    assert [record for record in caplog.records if record.name.startswith("raytroupe")] == []
+    assert [record for record in caplog.records if record.name != "httpx"] == []  # that is the client's own
 
 
 @pytest.mark.parametrize("stream", [False, True])

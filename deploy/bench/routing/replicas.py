@@ -30,14 +30,14 @@ import uvloop
 import yaml
 from rich.console import Console
 
-from ....cluster.errors import ConfigError, EngineError
+from ....cluster.errors import EngineError
 from ....cluster.model_spec import load_spec
 from ....cluster.topology import all_layouts, kv_bytes_per_block
 from ...model_folder import find_model_folder
 from ..client import BenchClient, Outcome, ServerOptions, parse_url
 from ..command import EXIT_INTERRUPTED
 from ..load import closed_loop
-from ..options import JsonFile, Repeats
+from ..options import JsonFile, Repeats, parse_names
 from ..prompts import TokenPrompts
 from ..report import describe, run_as_program
 from .comparison_report import Runs, publish_comparison
@@ -120,16 +120,8 @@ def main(
 
 
 def parse_workloads(text: str) -> list[str]:
-    """Names separated by commas; `all`: all.
-
-    Raises:
-        ConfigError: a name that is not known, or twice there.
-    """
-    names = list(WORKLOADS) if text == "all" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in WORKLOADS or names.count(name) > 1:
-            raise ConfigError(f"--workloads {text!r}: write all, or each of {', '.join(WORKLOADS)} at most once")
-    return names
+    """See `parse_names`."""
+    return parse_names("--workloads", text, WORKLOADS)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

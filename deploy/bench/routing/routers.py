@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ....cluster.errors import ConfigError
+from ..options import parse_names
 
 OURS = "troupe"
 _HERE = __name__.rpartition(".")[0]
@@ -30,13 +30,5 @@ ROUTERS = {
 
 
 def parse_routers(text: str) -> list[str]:
-    """Names separated by commas, each once; `all`: all.
-
-    Raises:
-        ConfigError: a name that is not known, or twice there.
-    """
-    names = list(ROUTERS) if text == "all" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in ROUTERS or names.count(name) > 1:
-            raise ConfigError(f"--routers {text!r}: write all, or each of {', '.join(ROUTERS)} at most once")
-    return names
+    """See `parse_names`."""
+    return parse_names("--routers", text, ROUTERS)

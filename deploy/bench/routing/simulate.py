@@ -25,7 +25,7 @@ from ....cluster.request import EngineRequest
 from ....cluster.router_config import RouterConfig
 from ....cluster.scheduler import SchedulerConfig
 from ....router.router import Router
-from ..options import JsonFile
+from ..options import JsonFile, parse_names
 from ..prompts import TokenPrompts
 from ..report import Column, Report, describe, run_as_program
 from ..workload import poisson_arrivals
@@ -203,7 +203,7 @@ def main(
         max_num_waiting=100_000,
     )
     sizes = Sizes(requests=requests, groups=groups, prefix_len=prefix, tail_len=tail, output_len=output)
-    names = list(CHOOSERS) if routers == "all" else routers.split(",")
+    names = parse_names("--routers", routers, CHOOSERS)
     found: dict[str, dict[str, Any]] = {}
     console = Console(width=max(130, Console().width))
     decisions: list[float] = []

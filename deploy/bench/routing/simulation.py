@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from ....cluster.block_hash import short_hash
+from ....cluster.block_hash import short_hashes
 from ....cluster.latency_class import LatencyTargets
 from ....cluster.replica_report import ReplicaLoad, StepCurve
 from ....cluster.request import EngineRequest, SamplingParams
@@ -189,7 +189,7 @@ class Simulation:
         stored, evicted = replica.scheduler.kv.pool.drain_events()
         load, accepted = replica.scheduler.load(), replica.accepted
         replica.accepted = []
-        arguments = (replica.index, load, [*map(short_hash, stored)], [*map(short_hash, evicted)], accepted)
+        arguments = (replica.index, load, short_hashes(stored).tolist(), short_hashes(evicted).tolist(), accepted)
         self._at(self.now + NETWORK_SECONDS, lambda: self._chooser.report(*arguments))
 
     # --- time -----------------------------------------------------------------------------------------------------
