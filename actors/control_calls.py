@@ -33,7 +33,7 @@ class ControlCalls:
             return reply_to(error)
         ended = self._ended[request_id] = asyncio.get_running_loop().create_future()
         try:
-            self._sender.register(request_id, call.reply_to)
+            self._sender.register(request_id, call.reply_to, patient=request.latency.yields)
             self._sender.publish([TokenOutput(request_id, [], index=len(request.generated))])  # it is accepted
             return await ended
         finally:

@@ -33,7 +33,7 @@ from .repetition import repeat
 from .replica_settings import ReplicaSettings
 from .reporter import Reporter
 from .shard_group import ShardGroup, describe_cpus
-from .token_sender import FEW_OUTPUTS, MESSAGE_SECONDS, TokenSender
+from .token_sender import FEW_OUTPUTS, MESSAGE_SECONDS, PATIENT_SECONDS, TokenSender
 
 logger = logging.getLogger("ray.serve")
 
@@ -60,7 +60,7 @@ class SchedulerReplica:
         self._calls: ControlCalls | None = None
         self._failure: EngineError | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._sender = TokenSender(interval_s=MESSAGE_SECONDS, few_outputs=FEW_OUTPUTS)
+        self._sender = TokenSender(interval_s=MESSAGE_SECONDS, patient_s=PATIENT_SECONDS, few_outputs=FEW_OUTPUTS)
         if settings.device == "cpu":
             keep_off_shards(plan_this_node(shards=settings.shards_per_node, num_threads=settings.num_threads))
         group = ray.util.get_current_placement_group()

@@ -93,3 +93,20 @@ class TokenOutput(msgspec.Struct, array_like=True):
     index: int = 0
     """Of the first of `tokens` among the request's generated tokens, `EngineRequest.generated` included: from it the
     reader sees whether an output came twice or one was lost on the way."""
+
+    def absorb(self, later: TokenOutput) -> None:
+        """Also say what `later`, the next output of the same request, says."""
+        self.tokens.extend(later.tokens)
+        if later.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs.extend(later.logprobs)
+        self.finish_reason = later.finish_reason
+        self.stop_token = later.stop_token
+        self.cached_tokens = self.cached_tokens or later.cached_tokens
+
+    def drop_first(self, count: int) -> None:
+        """Leave the first `count` tokens out, or all if there are fewer."""
+        self.index += min(count, len(self.tokens))
+        del self.tokens[:count]
+        if self.logprobs is not None:
+            del self.logprobs[:count]

@@ -49,14 +49,14 @@ class Mailbox:
                 self.close(TokensMissing(f"token {output.index} came when token {self._next} was due"))
             return
         if seen := self._next - output.index:
-            drop_first(output, seen)
+            output.drop_first(seen)
             if not output.tokens and output.finish_reason is None:
                 return
         self._next += len(output.tokens)
         if self._waiting is None:
             self._waiting = output
         else:
-            absorb(self._waiting, output)
+            self._waiting.absorb(output)
         self._wake()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -91,25 +91,6 @@ class Mailbox:
             self._reader = None
             if not reader.done():  # else it was cancelled
                 reader.set_result(None)
-
-
-def drop_first(output: TokenOutput, count: int) -> None:
-    """Take the first `count` tokens, or all if there are fewer, out of `output`."""
-    output.index += min(count, len(output.tokens))
-    del output.tokens[:count]
-    if output.logprobs is not None:
-        del output.logprobs[:count]
-
-
-def absorb(output: TokenOutput, later: TokenOutput) -> None:
-    """Let `output` also say what `later`, the next one of the same request, says."""
-    output.tokens.extend(later.tokens)
-    if later.logprobs is not None:
-        output.logprobs = output.logprobs or []
-        output.logprobs.extend(later.logprobs)
-    output.finish_reason = later.finish_reason
-    output.stop_token = later.stop_token
-    output.cached_tokens = output.cached_tokens or later.cached_tokens
 
 
 class TokenReceiver:

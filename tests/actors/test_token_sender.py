@@ -212,11 +212,10 @@ async def test_steps_within_the_interval_share_a_message(context: SecureContext,
     paced.register("a", endpoint)
     paced.publish([TokenOutput("a", [1], index=0)])
     assert await receive_soon(socket) == [TokenOutput("a", [1], index=0)], "a first token does not wait"
-    waiting = [TokenOutput("a", [token], index=token) for token in range(1, 4)]
-    for output in waiting:
-        paced.publish([output])
+    for token in range(1, 4):
+        paced.publish([TokenOutput("a", [token], index=token)])
     assert not socket.poll(50)
-    assert await receive_soon(socket) == waiting
+    assert await receive_soon(socket) == [TokenOutput("a", [1, 2, 3], index=1)]
 
 
 async def test_few_outputs_do_not_wait(context: SecureContext, clock: Clock) -> None:
@@ -243,7 +242,7 @@ async def test_after_the_interval_a_step_sends_at_once(
     clock.now += 0.2
     paced.publish([TokenOutput("a", [2], index=2)])
     assert [output.tokens for output in receive(socket)] == [[0]]
-    assert [output.tokens for output in receive(socket)] == [[1], [2]]
+    assert [output.tokens for output in receive(socket)] == [[1, 2]]
     await asyncio.sleep(0.3)
     assert not socket.poll(50), "the timer has nothing left to do"
 
@@ -271,6 +270,42 @@ async def test_what_is_urgent_takes_along_what_waits(
     assert receive(socket) == [TokenOutput("a", [1], index=1), urgent]
     assert [output.tokens for output in receive(other)] == [[0]]
     assert not other.poll(50), "another ingress is not concerned"
+
+
+async def test_patient_requests_wait_longer_and_each_at_its_own_time(context: SecureContext, clock: Clock) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    sender = TokenSender(clock, patient_s=0.2)
+    for name in "ab":
+        sender.register(name, endpoint, patient=True)
+    sender.register("steady", endpoint)
+
+    def step(number: int, *names: str) -> list[TokenOutput]:
+        sender.publish([TokenOutput(name, [number], index=number) for name in names])
+        return receive(socket) if socket.poll(50) else []
+
+    assert [output.request_id for output in step(0, "a", "steady")] == ["a", "steady"], "a first token does not wait"
+    assert [output.request_id for output in step(1, "a", "steady")] == ["steady", "a"], "the lane's first message"
+    clock.now += 0.1
+    assert step(0, "b") == [TokenOutput("b", [0], index=0)]
+    assert [output.request_id for output in step(1, "b")] == ["b"]
+    for number in (2, 3):
+        assert step(number, "a", "b", "steady") == [TokenOutput("steady", [number], index=number)]
+    clock.now += 0.11
+    assert step(4, "a", "b") == [TokenOutput("a", [2, 3, 4], index=2)]
+    sender.publish([TokenOutput("b", [5], FinishReason.LENGTH, index=5)])
+    assert receive(socket) == [TokenOutput("b", [2, 3, 4, 5], FinishReason.LENGTH, index=2)], "nor does the last one"
+    sender.close()
+
+
+async def test_what_a_preempted_request_left_waiting_is_sent_in_time(context: SecureContext, clock: Clock) -> None:
+    socket, endpoint = context.bind(zmq.PULL, "127.0.0.1")
+    sender = TokenSender(clock, patient_s=0.2)
+    sender.register("a", endpoint, patient=True)
+    for number in range(3):
+        sender.publish([TokenOutput("a", [number], index=number)])
+    assert [receive(socket)[0].tokens for _ in range(2)] == [[0], [1]]
+    assert await receive_soon(socket) == [TokenOutput("a", [2], index=2)]
+    sender.close()
 
 
 async def test_what_waits_is_sent_when_the_sender_closes(context: SecureContext, clock: Clock) -> None:

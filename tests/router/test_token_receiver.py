@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 from raytroupe.cluster.messages import Endpoint, TokenBatch
 from raytroupe.cluster.request import FinishReason, TokenLogprobs, TokenOutput
 from raytroupe.cluster.secure_socket import SecureContext
-from raytroupe.router.token_receiver import Mailbox, TokenReceiver, TokensMissing, absorb
+from raytroupe.router.token_receiver import Mailbox, TokenReceiver, TokensMissing
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def drain(mailbox: Mailbox) -> TokenOutput:
     """Everything up to the finish reason, as one output."""
     output = await mailbox.get()
     while output.finish_reason is None:
-        absorb(output, await mailbox.get())
+        output.absorb(await mailbox.get())
     return output
 
 
