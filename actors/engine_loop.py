@@ -47,6 +47,7 @@ class EngineLoop:
         self._observe = observe
         self._arrived = asyncio.Event()
         self._filling = False
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; raises as `Scheduler.add` does."""
@@ -92,6 +93,13 @@ class EngineLoop:
                 self.refuse(request_id, error)
         while self.scheduler.num_in_flight < self.scheduler.max_in_flight and (plan := self.scheduler.schedule()):
             self._submit(plan)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.scheduler.plan_at is not None:
+            self._timer = asyncio.get_running_loop().call_later(
+                max(0.0, self.scheduler.plan_at - time.monotonic()), self._fill
+            )
 
     def _submit(self, plan: StepPlan) -> None:
         self._executor.submit(plan)

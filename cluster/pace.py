@@ -14,6 +14,8 @@ the time to the first token grows by a sixth: prompts that wait for each other m
 EFFICIENT = 2.0
 """Such a delay may always be so many steps without prompts: smaller chunks would spend the time on reading the
 weights."""
+UNNOTICED = 0.005
+"""Seconds that such a delay may always be: what HTTP takes is more."""
 UNSEEN_PATIENCE = 0.1
 """Seconds of such a delay while no other requests have come for a while."""
 SEEN_SECONDS = 60.0
@@ -83,7 +85,7 @@ class Pace:
         delay = UNSEEN_PATIENCE
         if now - self._seen < SEEN_SECONDS:
             delay = min(delay, PATIENCE * self.curve.seconds(self._prompt, 0))
-        return max(delay, EFFICIENT * self.curve.seconds(0, rows))
+        return max(delay, EFFICIENT * self.curve.seconds(0, rows), UNNOTICED)
 
     def chunk_within(self, seconds: float, rows: int, budget: int) -> int:
         """Tokens of prompts in a step that takes `seconds` with `rows` sequences that decode; may be negative."""

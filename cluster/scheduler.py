@@ -18,18 +18,18 @@ tokens go out again with the next plan.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple
 
 import msgspec
 
 from .errors import InvalidRequest, QueueFull, TargetUnreachable
 from .kv_manager import KVManager
 from .late_requests import LateRequests
+from .lead_time import LeadTime
 from .overdue import Overdue
 from .pace import Pace
+from .plans_in_flight import PlansInFlight
 from .queue_time import first_token_seconds, retry_seconds
 from .replica_report import ReplicaLoad
 from .request import EngineRequest, FinishReason, TokenOutput
@@ -46,6 +46,9 @@ PRIORITY_SECONDS = 30.0
 priority × 30 s, fixed at arrival. In time every request is more urgent than all that come later: nothing starves."""
 OVERDUE_SHARE = 8
 """One of so many slots is for work that yields and has waited longer than its target: it yields no longer."""
+
+_EARLY = 1.25
+"""Times the lead: a step whose turn comes sooner is planned at once, and not a moment later."""
 
 Chunk = tuple[Sequence, int, int]
 """(sequence, first position, tokens): a sequence's share of a step."""
@@ -65,15 +68,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
 
 
-class _InFlight(NamedTuple):
-    """A plan without a result."""
-
-    step: int
-    sampling: list[Sequence]
-    seconds: float
-    """Predicted; 0 while the speed is not known."""
-
-
 class Scheduler:
     """Continuous batching with chunked prefill, deadlines, priorities and preemption by recompute."""
 
@@ -85,6 +79,8 @@ class Scheduler:
         self.max_in_flight = max(2, config.pipeline_stages)
         self.stats = SchedulerStats()
         self.pace = Pace()
+        self.plan_at: float | None = None
+        """Set when `schedule` finds that there is time left: when to call it again unless something happens before."""
         self._self_feeding = config.pipeline_stages == 1
         self._clock = clock
         self._arrivals = 0
@@ -98,7 +94,8 @@ class Scheduler:
         )
         self._overdue = Overdue(max(1, config.max_num_seqs // OVERDUE_SHARE))
         self._by_id: dict[str, Sequence] = {}
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight = PlansInFlight()
+        self._lead = LeadTime()
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -194,15 +191,19 @@ class Scheduler:
     # --- planning -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can be computed now."""
+        """The next step, or None if nothing can or should be planned now."""
         now = self._clock()
+        put_off, self.plan_at = self.plan_at is not None, None
         while (overdue := self._overdue.take(now)) is not None:
             self._stop_yielding(overdue)
         head = self._waiting.head()
         if head is not None and not head.pending:
             self._running.make_room(head)
-        yielding_share = self._yielding.share([plan.seconds for plan in self._in_flight], now)
+        remaining = self._in_flight.remaining(now)
+        early = remaining > _EARLY * self._lead.seconds
+        yielding_share = self._yielding.share(remaining, early, now)
         if yielding_share == WAIT:
+            self.plan_at = now + remaining - self._lead.seconds
             return None
         running = len(self._running)
         visible = running - self._running.tally.yielding if yielding_share == NOTHING else running
@@ -233,7 +234,7 @@ class Scheduler:
             return None
         plan.decode_rows = len(plan.counts) - sum(count != 1 for _, _, count in chunks)
         seconds = self.pace.step_seconds(sum(plan.counts[plan.decode_rows :]), plan.decode_rows)
-        self._in_flight.append(_InFlight(plan.step, sampling, seconds))
+        self._in_flight.add(plan.step, sampling, seconds, now, put_off=put_off)
         self._step += 1
         return plan
 
@@ -340,10 +341,12 @@ class Scheduler:
 
     def update(self, result: StepResult) -> list[TokenOutput]:
         """Take the result of the oldest plan in flight; what it means for each request, aborted ones left out."""
-        plan = self._in_flight.popleft()
-        assert plan.step == result.step, f"result of step {result.step} came while step {plan.step} was due"
-        sampling = plan.sampling
         now, size = self._clock(), self.config.block_size
+        sampling = self._in_flight.pop(result.step, now)
+        if self.plan_at is not None:
+            self._lead.observe(0.0)
+        elif (made := self._in_flight.put_off_until) is not None:
+            self._lead.observe(now - made)
         logprobs = result.logprobs or [None] * len(sampling)
         outputs: list[TokenOutput] = []
         for sequence, token, logprob in zip(sampling, result.tokens, logprobs, strict=True):

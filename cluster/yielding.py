@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import islice
 
 from .kv_manager import KVManager
@@ -15,7 +14,7 @@ TOKEN_SHARE = 0.5
 """Of the target for the time between tokens: prompts that yield fill a step up to there. Steps that belong to prompts
 which do not yield come between."""
 WAIT = -2
-"""Better no step than one of work that yields."""
+"""It is too early to plan the step."""
 NOTHING = -1
 """Nothing that yields has a part in the step."""
 
@@ -25,7 +24,7 @@ class YieldingRules:
 
     Args:
         budget: tokens of a step.
-        one_stage: a replica without pipeline stages, which can do with one plan in flight.
+        one_stage: a replica without pipeline stages, which has work while it executes one plan.
     """
 
     def __init__(
@@ -38,11 +37,13 @@ class YieldingRules:
         self._budget = budget
         self._one_stage = one_stage
 
-    def share(self, in_flight: Iterable[float], now: float) -> int:
+    def share(self, remaining: float, early: bool, now: float) -> int:
         """Tokens of prompts that yield which the next step may compute, or `NOTHING`, or `WAIT`.
 
         Args:
-            in_flight: the seconds that each plan in flight takes.
+            remaining: seconds that the plans in flight still take.
+            early: there is time until the next step must be planned.
+            now: the time.
         """
         running = self._running.tally
         if not running.yielding and not self._waiting.tally.yielding:
@@ -55,14 +56,13 @@ class YieldingRules:
             return NOTHING
         rows, others = running.sequences, running.sequences - running.yielding
         prompts_wait = fits or running.yielding_lacking > 0
-        delay = sum(in_flight)
-        patience = self._pace.patience(rows, now) - delay
-        least = self._pace.step_seconds(self._kv.block_size if prompts_wait else 0, rows)
-        if delay and least > patience and self._one_stage and (prompts_wait or not others):
-            # Two plans in flight would each have half the time, and spend it twice on reading the weights.
-            return WAIT
+        if not prompts_wait and not running.yielding:
+            return 0
+        if early and self._one_stage:
+            return WAIT  # a request that arrives meanwhile goes first
         if not prompts_wait:
             return 0
+        patience = self._pace.patience(rows, now) - remaining
         if others:
             decoding = islice(self._running.sequences, others)
             patience = min(patience, TOKEN_SHARE * min(sequence.request.latency.tpot for sequence in decoding))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +25,6 @@ from .replica_client import ReplicaClient
 from .router import Router
 from .token_receiver import TokenReceiver
 
-METRICS_SECONDS = 1.0
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -83,7 +83,7 @@ class Ingress:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._receiver.start()
-        tasks = [asyncio.create_task(self._publish_metrics())]
+        tasks = [asyncio.create_task(self._every_second())]
         if self._watch is not None:
             tasks.append(asyncio.create_task(self._watch.run()))
         try:
@@ -95,10 +95,14 @@ class Ingress:
             self._receiver.close()
             await self._cluster_metrics.close()
 
-    async def _publish_metrics(self) -> None:
+    async def _every_second(self) -> None:
         while True:
-            await asyncio.sleep(METRICS_SECONDS)
+            await asyncio.sleep(1.0)
             self._metrics.publish()
+            # Every request leaves tasks and frames behind that refer to one another, Serve's above all. Python looks
+            # for such garbage when there are tens of thousands of objects of it, and then all streams stand still for
+            # a tenth of a second; a second's worth is little. What was there at the start is frozen by Serve.
+            gc.collect()
 
 
 def _log_like_serve() -> None:

@@ -20,7 +20,7 @@ class SimulatedReplica:
 
     Args:
         curve: what a step takes.
-        gap: seconds that the host takes between the end of a step and the next, if no plan is queued.
+        gap: seconds that a plan takes to reach the shards.
     """
 
     def __init__(self, curve: StepCurve, config: SchedulerConfig, gap: float = 0.0) -> None:
@@ -32,6 +32,7 @@ class SimulatedReplica:
         self.refused: list[TargetUnreachable] = []
         self._gap = gap
         self._plans: deque[tuple[float, StepPlan]] = deque()
+        self._plan_at: float | None = None
 
     def run(
         self, arrivals: Iterator[tuple[float, EngineRequest]], backlog: Iterator[EngineRequest], until: float
@@ -44,6 +45,9 @@ class SimulatedReplica:
                 scheduler.add(request)
             self._fill()
             ends = self._plans[0][0] if self._plans else until
+            if self._plan_at is not None and self._plan_at < min(ends, coming[0] if coming else ends):
+                self.now = max(self.now, self._plan_at)
+                continue
             if coming is not None and coming[0] <= ends:
                 self.now = max(self.now, coming[0])
                 try:
@@ -62,9 +66,11 @@ class SimulatedReplica:
         scheduler = self.scheduler
         self.refused += [error for _, error in scheduler.refuse_late()]
         while scheduler.num_in_flight < scheduler.max_in_flight and (plan := scheduler.schedule()):
-            begins = self._plans[-1][0] if self._plans else self.now + self._gap
+            free = self._plans[-1][0] if self._plans else self.now
+            begins = max(free, self.now + self._gap)
             prompts = sum(plan.counts[plan.decode_rows :])
             self._plans.append((begins + self.curve.seconds(prompts, plan.decode_rows), plan))
+        self._plan_at = scheduler.plan_at
 
 
 def requests(

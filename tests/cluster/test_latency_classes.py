@@ -143,12 +143,67 @@ def test_alone_work_that_yields_is_in_flight_for_no_longer_than_an_arrival_may_w
     assert scheduler.schedule().counts == [29], "others come: 0.011 + 29 × 0.001 s is what the arrival's took"
 
 
-def test_decoding_alone_keeps_two_plans_in_flight():
-    scheduler = make_scheduler()
+def test_a_step_that_yields_is_planned_shortly_before_its_turn():
+    clock = Clock()
+    scheduler = make_scheduler(clock)
     scheduler.pace.curve = CURVE
     add(scheduler, "batch", latency=BATCH)
+    step(scheduler)
+    decoding = scheduler.schedule()
+    ends = CURVE.seconds(0, 1)
+    assert scheduler.schedule() is None
+    assert 0.8 * ends < scheduler.plan_at < ends
+    clock.now = scheduler.plan_at
+    following = scheduler.schedule()
+    assert following.decode_rows == 1
+    assert scheduler.plan_at is None
+    clock.now = ends
+    scheduler.update(result_of(decoding))
+    assert scheduler.schedule() is None
+    assert ends + 0.8 * ends < scheduler.plan_at < 2 * ends, "the next step began with the result"
+    scheduler.update(result_of(following))
+
+
+def test_an_arrival_takes_the_step_that_was_not_planned_yet():
+    clock = Clock()
+    scheduler = make_scheduler(clock)
+    scheduler.pace.curve = CURVE
+    add(scheduler, "batch", latency=BATCH)
+    step(scheduler)
+    scheduler.schedule()
+    assert scheduler.schedule() is None
+    add(scheduler, "arrival", 20)
+    plan = scheduler.schedule()
+    assert names_of(scheduler, plan) == {"arrival"}
+    assert scheduler.plan_at is None
+
+
+def test_a_step_that_was_planned_too_late_makes_the_next_ones_come_sooner():
+    clock = Clock()
+    scheduler = make_scheduler(clock, max_model_len=400, num_blocks=201)
+    scheduler.pace.curve = CURVE
+    add(scheduler, "batch", max_tokens=300, latency=BATCH)
+    step(scheduler)
+
+    def lead() -> float:
+        plan = scheduler.schedule()
+        assert scheduler.schedule() is None
+        ahead = clock.now + CURVE.seconds(0, 1) - scheduler.plan_at
+        clock.now += CURVE.seconds(0, 1) / 2
+        scheduler.update(result_of(plan))  # sooner than predicted
+        return ahead
+
+    assert lead() < lead() < lead()
+
+
+def test_nothing_else_is_put_off():
+    scheduler = make_scheduler()
+    scheduler.pace.curve = CURVE
+    add(scheduler, "default")
     assert scheduler.schedule() is not None
     assert scheduler.schedule() is not None
+    add(scheduler, "batch", latency=BATCH, max_tokens=1)
+    assert scheduler.plan_at is None
 
 
 # --- starvation ---------------------------------------------------------------------------------------------------
