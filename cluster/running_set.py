@@ -37,6 +37,11 @@ class RunningSet:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences may run."""
+        return len(self._free_slots)
+
     def fits(self, sequence: Sequence, prefix: list[int]) -> bool:
         """True if a waiting sequence with this cached prefix can be admitted."""
         if not self._free_slots:

@@ -6,8 +6,8 @@ alone: a request is admitted when the block pool can hold all its known tokens, 
 that the pool does not have, the least urgent running one gives its blocks back and is computed again later
 (`cluster/running_set.py`).
 
-The most urgent is whose first token is due first. Work of class `batch` *yields*: it comes after all other work, has no
-part in steps that compute others' prompts, and takes no more of a step than others' targets allow (`cluster/pace.py`).
+The most urgent is whose first token is due first. Work of class `batch` *yields*: it comes after all other work, makes
+steps that compute others' prompts hardly longer, and takes no more of a step than others' targets allow (`cluster/pace.py`).
 
 `schedule()` and `update()` may be called in any order as long as results come in the order of the plans: several
 plans can be in flight. With one pipeline stage the shards feed the token that they have just sampled, so a sequence
@@ -205,8 +205,11 @@ class Scheduler:
         if yielding_share == WAIT:
             self.plan_at = now + remaining - self._lead.seconds
             return None
-        running = len(self._running)
-        visible = running - self._running.tally.yielding if yielding_share == NOTHING else running
+        visible = running = len(self._running)
+        for_others = yielding_share == NOTHING
+        riders = self._yielding.riders() if for_others else 0
+        if for_others:
+            visible -= self._running.tally.yielding - riders
         plan = StepPlan(self._step, [], [], [], [], [], 0, [], [])
         sampling: list[Sequence] = []
         # With pipeline stages every plan in flight takes its part of the sequences, so that all stages have work: of
@@ -219,7 +222,11 @@ class Scheduler:
         singles = len(plan.slots)
         # Whoever were admitted after a preemption could be preempted in the next step.
         admitted_rows = max_rows - singles if self.stats.preemptions == preempted else 0
-        budget = PromptBudget(self.config.max_num_batched_tokens - singles, yielding_share)
+        budget = PromptBudget(
+            self.config.max_num_batched_tokens - singles,
+            yielding_share,
+            leaves_yielding_out=for_others and not riders,
+        )
         chunks = self._plan_prompts(plan, budget, visible, max_running_rows - singles, admitted_rows)
         chunks.sort(key=lambda chunk: chunk[2] != 1)  # single tokens first; a stable sort keeps the rest in order
         for sequence, start, count in chunks:

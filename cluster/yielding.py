@@ -13,10 +13,13 @@ from .waiting_queue import WaitingQueue
 TOKEN_SHARE = 0.5
 """Of the target for the time between tokens: prompts that yield fill a step up to there. Steps that belong to prompts
 which do not yield come between."""
+RIDE_SHARE = 0.05
+"""Sequences that yield ride along in a step of others' prompts, one token each, as long as it takes no more than this
+share longer: on a GPU that is most of them, and the step would be as long without them."""
 WAIT = -2
 """It is too early to plan the step."""
 NOTHING = -1
-"""Nothing that yields has a part in the step."""
+"""The step is for others' prompts."""
 
 
 class YieldingRules:
@@ -70,19 +73,34 @@ class YieldingRules:
         return max(self._pace.chunk_within(patience, rows, self._budget), self._kv.block_size)
 
 
+    def riders(self) -> int:
+        """How many yielding sequences get a token in a step for others' prompts."""
+        running, waiting, curve = self._running.tally, self._waiting.tally, self._pace.curve
+        head = self._waiting.head()
+        if curve is None or waiting.sequences - waiting.yielding > self._running.free_slots:
+            return 0  # they may have to give way while the step is planned
+        prompts = running.lacking - running.yielding_lacking
+        if head is not None and not head.yields:
+            cached = self._kv.cached_prefix(head)
+            if not self._running.fits(head, cached):
+                return 0
+            prompts += max(0, head.lacking - self._kv.block_size * len(cached))
+        step = curve.seconds(min(prompts, self._budget), running.sequences - running.yielding)
+        if not curve.decode_row:
+            return running.yielding
+        return min(running.yielding, int(RIDE_SHARE * step / curve.decode_row))
+
+
 class PromptBudget:
     """Tokens that a step has left for prompts, and the part of them that yielding ones may take."""
 
-    __slots__ = ("_tokens", "_yielding")
+    __slots__ = ("_tokens", "_yielding", "leaves_yielding_out")
 
-    def __init__(self, tokens: int, yielding: int) -> None:
+    def __init__(self, tokens: int, yielding: int, *, leaves_yielding_out: bool) -> None:
         self._tokens = tokens
         self._yielding = yielding
-
-    @property
-    def leaves_yielding_out(self) -> bool:
+        self.leaves_yielding_out = leaves_yielding_out
         """Nothing that yields has a part in the step, so it can still be preempted while the step is planned."""
-        return self._yielding == NOTHING
 
     def share(self, sequence: Sequence) -> int:
         """For the next chunk; the sequence may need less."""

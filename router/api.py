@@ -5,7 +5,7 @@ body ─▶ Preparation ─ Router ─▶ Job ─ run_choices ─▶ deltas ─ 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -52,7 +52,8 @@ def build_app(
         CheckpointError: a tokenizer cannot be read.
     """
     served = {card.name: ServedModel.load(card) for card in models}
-    answering = Answering(served, router or Router(models), engine, metrics or IngressMetrics())
+    router = router or Router(models)
+    answering = Answering(served, router, engine, metrics or IngressMetrics())
     app = FastAPI(title="Troupe", version=__version__, lifespan=lifespan, openapi_url=None)
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
@@ -74,10 +75,15 @@ def build_app(
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return _json({"object": "list", "data": [_model_object(model.card) for model in served.values()]})
+        groups = router.groups if len(served) > 1 else {}
+        found = [_model_object(model.card) for model in served.values()]
+        found += [_group_object(name, members) for name, members in groups.items()]
+        return _json({"object": "list", "data": found})
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> Response:
+        if name not in served and name in router.groups:
+            return _json(_group_object(name, router.groups[name]))
         return _json(_model_object(find_model(served, name).card))
 
     @app.get("/health")
@@ -118,4 +124,12 @@ def _model_object(card: ModelCard) -> dict[str, Any]:
         "root": card.name,
         "parent": None,
         "max_model_len": card.max_model_len,
+        "price_per_hour": card.price_per_hour,
+        "accuracy": card.accuracy,
+        "task_accuracy": card.task_accuracy,
     }
+
+
+def _group_object(name: str, members: Sequence[str]) -> dict[str, Any]:
+    """A name that stands for several models, as a model of its own: clients choose from this list."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "troupe", "root": name, "members": [*members]}

@@ -101,8 +101,15 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "autogroup": sessions_share_cores(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def sessions_share_cores(setting: Path = Path("/proc/sys/kernel/sched_autogroup_enabled")) -> bool | None:
+    """Whether Linux divides the cores between sessions first, which can hold up a load generator for a second
+    (docs/measuring.md); None where there is no such setting."""
+    return setting.read_text().strip() == "1" if setting.exists() else None
 
 
 def installed_version(library: str) -> str | None:

@@ -64,6 +64,8 @@ def test_models_health_and_version(application: Application) -> None:
         "small",
         "large-tp2-pp2",
         "large-twice",
+        "auto",
+        "pair",
     ]
     assert application.http.get("/health").status_code == 200
     assert application.http.get("/version").json() == {"version": __version__}

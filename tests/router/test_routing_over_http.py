@@ -102,9 +102,27 @@ def answer_of(response: httpx.Response, stream: bool) -> str:
     return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
+
+
+async def test_the_list_of_models_has_groups_and_measured_quality(serve) -> None:
+    measured = msgspec.structs.replace(
+        CARDS[0], accuracy=0.9, task_accuracy={"addition": 1.0, "facts": 0.8}, price_per_hour=2.5
+    )
+    service = serve(cards=[measured, CARDS[1]], groups={"cheap": ["small"]})
+    listed = {model["id"]: model for model in (await service.http.get("models")).json()["data"]}
+    assert list(listed) == ["large", "small", "auto", "cheap"]
+    assert listed["large"]["accuracy"] == 0.9
+    assert listed["large"]["task_accuracy"] == {"addition": 1.0, "facts": 0.8}
+    assert listed["large"]["price_per_hour"] == 2.5
+    assert listed["small"]["accuracy"] is None
+    assert listed["auto"]["members"] == ["large", "small"]
+    assert (await service.http.get("models/cheap")).json() == listed["cheap"]
+    assert (await service.http.get("models/dear")).status_code == 404
+
+
 STREAM = pytest.mark.parametrize("stream", [False, True])
 
-# --- groups -------------------------------------------------------------------------------------------------------
+# --- models and groups -------------------------------------------------------------------------------------------------
 
 
 @STREAM

@@ -12,7 +12,14 @@ from transformers import LlamaForCausalLM
 
 from raytroupe.deploy.bench import scheduler as bench_scheduler
 from raytroupe.deploy.bench.mixed_requests import mixed_requests, wanted_tokens
-from raytroupe.deploy.bench.report import Column, Report, measure_in_turn, percentile, publish
+from raytroupe.deploy.bench.report import (
+    Column,
+    Report,
+    measure_in_turn,
+    percentile,
+    publish,
+    sessions_share_cores,
+)
 from raytroupe.deploy.make_bench_model import VOCAB_SIZE, bench_config, byte_tokenizer
 
 
@@ -81,3 +88,12 @@ def test_tokenizer_of_the_benchmark_model_keeps_any_text() -> None:
     assert len(tokenizer) == VOCAB_SIZE
     assert max(tokens) < 3 + 256
     assert tokenizer.decode(tokens) == text
+
+
+def test_the_environment_says_whether_sessions_share_the_cores(tmp_path):
+    setting = tmp_path / "sched_autogroup_enabled"
+    assert sessions_share_cores(setting) is None
+    setting.write_text("1\n")
+    assert sessions_share_cores(setting) is True
+    setting.write_text("0\n")
+    assert sessions_share_cores(setting) is False
