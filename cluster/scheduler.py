@@ -7,7 +7,8 @@ that the pool does not have, the least urgent running one gives its blocks back 
 (`cluster/running_set.py`).
 
 The most urgent is whose first token is due first. Work of class `batch` *yields*: it comes after all other work, makes
-steps that compute others' prompts hardly longer, and takes no more of a step than others' targets allow (`cluster/pace.py`).
+steps that compute others' prompts hardly longer, and takes no more of a step than others' targets allow
+(`cluster/pace.py`).
 
 `schedule()` and `update()` may be called in any order as long as results come in the order of the plans: several
 plans can be in flight. With one pipeline stage the shards feed the token that they have just sampled, so a sequence

@@ -72,7 +72,6 @@ class YieldingRules:
         # At least a trickle, lest a target that is out of reach stops all work that yields.
         return max(self._pace.chunk_within(patience, rows, self._budget), self._kv.block_size)
 
-
     def riders(self) -> int:
         """How many yielding sequences get a token in a step for others' prompts."""
         running, waiting, curve = self._running.tally, self._waiting.tally, self._pace.curve

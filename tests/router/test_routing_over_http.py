@@ -102,8 +102,6 @@ def answer_of(response: httpx.Response, stream: bool) -> str:
     return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
-
-
 async def test_the_list_of_models_has_groups_and_measured_quality(serve) -> None:
     measured = msgspec.structs.replace(
         CARDS[0], accuracy=0.9, task_accuracy={"addition": 1.0, "facts": 0.8}, price_per_hour=2.5
@@ -122,7 +120,7 @@ async def test_the_list_of_models_has_groups_and_measured_quality(serve) -> None
 
 STREAM = pytest.mark.parametrize("stream", [False, True])
 
-# --- models and groups -------------------------------------------------------------------------------------------------
+# --- models and groups ------------------------------------------------------------------------------------------
 
 
 @STREAM
