@@ -16,7 +16,7 @@ from ..cluster.latency_class import LatencyTargets
 from .decision import Decision
 from .engine_client import EngineClient, attempt_id
 from .escalation import DraftUnsure, Escalation
-from .event_stream import ClientGone, EventStream, while_connected
+from .event_stream import ClientGone, EventStream, WhileConnected
 from .explanation import explain, route_header
 from .generation import Delta, Updates, run_choices
 from .latency_request import latency_targets
@@ -183,13 +183,16 @@ class Answering:
         try:
             if decision.checked:
                 assert self._escalation is not None, "drafts are checked only where escalation is configured"
-                updates = await while_connected(http, self._escalation.check(updates))
+                async with WhileConnected(http.receive):
+                    updates = await self._escalation.check(updates)
             if not job.stream:
-                body = await while_connected(http, _collect(job, updates, timer))
+                async with WhileConnected(http.receive):
+                    body = await _collect(job, updates, timer)
                 return Response(body, headers=headers, media_type="application/json")
             encoder = StreamEncoder(job, timer)
             # Until the first token a failure still has its own HTTP status.
-            first = encoder.event(await while_connected(http, anext(updates)))
+            async with WhileConnected(http.receive):
+                first = encoder.event(await anext(updates))
         except BaseException:
             await updates.aclose()  # tokens may have come in the moment in which the client left
             raise

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, Protocol, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-Result = TypeVar("Result")
 Update = TypeVar("Update")
 Update_co = TypeVar("Update_co", covariant=True)
 Update_contra = TypeVar("Update_contra", contravariant=True)
@@ -39,28 +39,40 @@ class ClientGone(Exception):
     """The client closed the connection before its answer was complete."""
 
 
-async def until_disconnect(receive: Receive) -> None:
-    """Wait for the client to go away. The request body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class WhileConnected:
+    """Cancels what runs inside of it when the client goes away, and raises `ClientGone` in place of the cancellation.
 
-
-async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
-    """The result of `work`, which is cancelled if the client goes away first.
-
-    Raises:
-        ClientGone: it did.
+    The work stays in the request's own task. Another task for it, or waiting for the end of one, takes several turns
+    of the event loop, which in a busy ingress are tens of milliseconds each, all in the time to the first token.
     """
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(until_disconnect(request.receive))
-    try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        await _stop(gone)
-        await _stop(working)
+
+    def __init__(self, receive: Receive) -> None:
+        """`receive` is that of the request, whose body must have been read."""
+        self._receive = receive
+        self._gone = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "requests are served in tasks"
+        self._task, self._cancellations = task, task.cancelling()
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._watching.cancel()  # not waited for: nothing depends on its end
+        if not self._gone:
+            return
+        cancelled = kind is None or issubclass(kind, asyncio.CancelledError)
+        if self._task.uncancel() <= self._cancellations and cancelled:  # else somebody else has cancelled it, too
+            raise ClientGone from error
+
+    async def _watch(self) -> None:
+        with contextlib.suppress(Exception):  # whatever it is, the connection is of no use any more
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        self._gone = True
+        self._task.cancel()
 
 
 class Source(Protocol[Update_co]):
@@ -108,16 +120,12 @@ class EventStream(Response, Generic[Update]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; returns early without an error when the client is gone."""
-        sending = asyncio.ensure_future(self._send_all(send, scope.get(SERVER_SEND, send)))
-        gone = asyncio.ensure_future(until_disconnect(receive))
         try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                with contextlib.suppress(OSError):  # raised by servers for a broken connection
-                    sending.result()
+            # Servers raise OSError for a broken connection.
+            with contextlib.suppress(ClientGone, OSError):
+                async with WhileConnected(receive):
+                    await self._send_all(send, scope.get(SERVER_SEND, send))
         finally:
-            await _stop(gone)
-            await _stop(sending)
             await self._rest.aclose()
             if self._on_end is not None:
                 self._on_end()
@@ -139,10 +147,3 @@ class EventStream(Response, Generic[Update]):
                 data = self._encoder.failure(error)
                 break
         await send({"type": "http.response.body", "body": data, "more_body": False})
-
-
-async def _stop(task: asyncio.Future[Any]) -> None:
-    """Cancel `task` and wait until it has cleaned up."""
-    if not task.done():
-        task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raytroupe.router.event_stream import EventStream, ServerSend
+from raytroupe.router.event_stream import ClientGone, EventStream, ServerSend, WhileConnected
 
 
 class Numbers:
@@ -109,3 +109,79 @@ async def test_a_broken_connection_is_quiet_and_a_bug_of_the_server_is_not() -> 
     with pytest.raises(RuntimeError, match="bug"):
         await run(numbers, broken(RuntimeError("bug")))
     assert numbers.closed
+
+
+# --- while the client is there ------------------------------------------------------------------------------------
+
+
+class Client:
+    """Its `receive` says that it has left once it has."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.left = asyncio.Event()
+        self._error = error
+
+    async def receive(self) -> dict[str, Any]:
+        await self.left.wait()
+        if self._error is not None:
+            raise self._error
+        return {"type": "http.disconnect"}
+
+
+async def work_until_left(client: Client, clean: Callable[[], object]) -> None:
+    async with WhileConnected(client.receive):
+        client.left.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            clean()
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("the connection is broken")])
+async def test_work_is_cancelled_when_the_client_leaves_and_the_task_goes_on(error) -> None:
+    cleaned: list[bool] = []
+    with pytest.raises(ClientGone):
+        await work_until_left(Client(error), lambda: cleaned.append(True))
+    assert cleaned
+    await asyncio.sleep(0)
+    assert not asyncio.current_task().cancelling()
+
+
+async def test_work_that_ends_first_is_not_disturbed_by_a_client_that_leaves_later() -> None:
+    client = Client()
+    async with WhileConnected(client.receive):
+        result = await asyncio.sleep(0, "done")
+    client.left.set()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert result == "done"
+
+
+async def test_errors_of_the_work_stay_what_they_are() -> None:
+    client = Client()
+    with pytest.raises(ValueError, match="wrong"):
+        async with WhileConnected(client.receive):
+            raise ValueError("wrong")
+    with pytest.raises(KeyError, match="in the cleaning"):
+        await work_until_left(client, lambda: {}["in the cleaning"])
+    await asyncio.sleep(0)
+    assert not asyncio.current_task().cancelling()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_who_cancels_the_task_gets_a_cancelled_task_whether_the_client_leaves_or_not(leaves) -> None:
+    client, began = Client(), asyncio.Event()
+
+    async def serve() -> None:
+        async with WhileConnected(client.receive):
+            began.set()
+            await asyncio.Event().wait()
+
+    serving = asyncio.create_task(serve())
+    await began.wait()
+    await asyncio.sleep(0)
+    if leaves:
+        client.left.set()
+    serving.cancel()
+    await asyncio.wait([serving])
+    assert serving.cancelled()
