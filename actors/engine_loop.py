@@ -71,6 +71,12 @@ class EngineLoop:
         Raises:
             ShardFailed: from the executor; the requests that are in the scheduler are lost to this replica.
         """
+        try:
+            await self._run()
+        finally:
+            self._set_timer(None)
+
+    async def _run(self) -> None:
         while True:
             self._fill()
             if not self.scheduler.num_in_flight:
@@ -93,13 +99,16 @@ class EngineLoop:
                 self.refuse(request_id, error)
         while self.scheduler.num_in_flight < self.scheduler.max_in_flight and (plan := self.scheduler.schedule()):
             self._submit(plan)
+        self._set_timer(self.scheduler.plan_at)
+
+    def _set_timer(self, plan_at: float | None) -> None:
+        """Plan at that time (`time.monotonic`) whatever happens until then; None: only when something happens."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.scheduler.plan_at is not None:
-            self._timer = asyncio.get_running_loop().call_later(
-                max(0.0, self.scheduler.plan_at - time.monotonic()), self._fill
-            )
+        if plan_at is not None:
+            wait = max(0.0, plan_at - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(wait, self._fill)
 
     def _submit(self, plan: StepPlan) -> None:
         self._executor.submit(plan)

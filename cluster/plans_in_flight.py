@@ -43,6 +43,11 @@ class PlansInFlight:
         return plan.sampling
 
     @property
+    def newest_seconds(self) -> float:
+        """What the newest plan takes, as predicted; 0 without one."""
+        return self._plans[-1].seconds if self._plans else 0.0
+
+    @property
     def put_off_until(self) -> float | None:
         """When the oldest plan was made, if it was put off until then."""
         return self._plans[0].made if self._plans and self._plans[0].put_off else None

@@ -201,10 +201,12 @@ class Scheduler:
         if head is not None and not head.pending:
             self._running.make_room(head)
         remaining = self._in_flight.remaining(now)
-        early = remaining > _EARLY * self._lead.seconds
+        # At most half a step, so that there is always something to learn from.
+        lead = min(self._lead.seconds, self._in_flight.newest_seconds / 2)
+        early = remaining > _EARLY * lead
         yielding_share = self._yielding.share(remaining, early, now)
         if yielding_share == WAIT:
-            self.plan_at = now + remaining - self._lead.seconds
+            self.plan_at = now + remaining - lead
             return None
         visible = running = len(self._running)
         for_others = yielding_share == NOTHING

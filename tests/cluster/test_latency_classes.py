@@ -13,6 +13,7 @@ from raytroupe.cluster.pace import PATIENCE
 from raytroupe.cluster.replica_report import StepCurve
 from raytroupe.cluster.request import EngineRequest, SamplingParams
 from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.step import StepResult
 from raytroupe.cluster.yielding import RIDE_SHARE
 
 CURVE = StepCurve(base=0.01, prefill_token=0.001, decode_row=0.001)
@@ -225,6 +226,23 @@ def test_a_step_that_was_planned_too_late_makes_the_next_ones_come_sooner():
         return ahead
 
     assert lead() < lead() < lead()
+
+
+def test_a_lead_that_grew_beyond_a_step_shrinks_again():
+    clock = Clock()
+    scheduler = make_scheduler(clock, max_model_len=400, num_blocks=201)
+    scheduler.pace.curve = CURVE
+    scheduler._lead.seconds = 0.1
+    add(scheduler, "batch", max_tokens=300, latency=BATCH)
+    step(scheduler)
+    scheduler.schedule()
+    for _ in range(250):
+        assert scheduler.schedule() is None
+        clock.now = scheduler.plan_at
+        following = scheduler.schedule()
+        clock.now += min(scheduler._lead.seconds, CURVE.seconds(0, 1) / 2)
+        scheduler.update(StepResult(following.step - 1, [7], None, 0.0, 0.0))
+    assert scheduler._lead.seconds < CURVE.seconds(0, 1) / 2
 
 
 def test_nothing_else_is_put_off():
