@@ -46,7 +46,8 @@ class Batch:
     def check(self, dtype, **options):
         mine = self.run(TritonKernels(CPU, dtype), **options)
         theirs = self.run(TorchKernels(CPU, dtype), **options)
-        close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        # Both sum hundreds of products, each in an order that depends on the processor.
+        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(mine, theirs, **close)
 
 
