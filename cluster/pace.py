@@ -10,7 +10,7 @@ from .step_timer import StepTimer
 PATIENCE = 0.9
 """Work that yields and is in flight may delay a request that arrives by this share of what its prompt takes: it waits
 for half of that in the mean. In simulated time (tests/cluster/test_interactive_beside_batch.py) the 99th percentile of
-the time to the first token grows by a sixth: prompts that wait for each other make it twice the mean already."""
+the time to the first token grows by a quarter: prompts that wait for each other make it twice the mean already."""
 EFFICIENT = 1.5
 """Such a delay may always be so many steps without prompts: smaller chunks would spend the time on reading the
 weights."""

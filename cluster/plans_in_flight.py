@@ -12,6 +12,7 @@ class _Plan(NamedTuple):
     step: int
     sampling: list[Sequence]
     """Sequences that get a token by it."""
+    prefill_tokens: int
     seconds: float
     """Predicted; 0 while the speed is not known."""
     made: float
@@ -29,11 +30,21 @@ class PlansInFlight:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def add(self, step: int, sampling: list[Sequence], seconds: float, now: float, *, put_off: bool = False) -> None:
-        """A plan was made, later than it could have been if it was `put_off`."""
+    def add(
+        self,
+        step: int,
+        sampling: list[Sequence],
+        prefill_tokens: int,
+        seconds: float,
+        now: float,
+        *,
+        put_off: bool = False,
+    ) -> None:
+        """A plan with so many tokens of prompts was made, later than it could have been if it was `put_off`. It takes
+        `seconds`, as predicted."""
         if not self._plans:
             self._began = now
-        self._plans.append(_Plan(step, sampling, seconds, now, put_off))
+        self._plans.append(_Plan(step, sampling, prefill_tokens, seconds, now, put_off))
 
     def pop(self, step: int, now: float) -> list[Sequence]:
         """The result of `step` has come, which must be that of the oldest plan; the sequences that it samples."""
@@ -56,5 +67,16 @@ class PlansInFlight:
         """Predicted seconds until the last result comes."""
         if not self._plans:
             return 0.0
-        elapsed = min(now - self._began, self._plans[0].seconds)  # one that is overdue may end at any moment
-        return sum(plan.seconds for plan in self._plans) - elapsed
+        return sum(plan.seconds for plan in self._plans) - self._elapsed(now)
+
+    def prefill_tokens(self, now: float) -> int:
+        """Tokens of prompts that are not computed yet, as if the oldest plan computed its own one after the other."""
+        if not self._plans:
+            return 0
+        oldest = self._plans[0]
+        done = self._elapsed(now) / oldest.seconds if oldest.seconds else 0.0
+        return sum(plan.prefill_tokens for plan in self._plans) - int(done * oldest.prefill_tokens)
+
+    def _elapsed(self, now: float) -> float:
+        """Seconds since the shards began with the oldest plan. One that is overdue may end at any moment."""
+        return min(now - self._began, self._plans[0].seconds)

@@ -33,8 +33,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """Sequences that wait for blocks or a slot."""
     yielding_waiting: int
     prefill_tokens: int
-    """Known tokens that no plan has scheduled: of running sequences all, of waiting ones as many as are likely not to
-    be found in the cache."""
+    """Known tokens that are not computed yet: of running sequences all, of waiting ones as many as are likely not to be
+    found in the cache."""
     yielding_prefill_tokens: int
     free_blocks: int
     """Blocks that can be allocated now, cached ones included."""

@@ -243,8 +243,9 @@ class Scheduler:
         if not plan.slots:
             return None
         plan.decode_rows = len(plan.counts) - sum(count != 1 for _, _, count in chunks)
-        seconds = self.pace.step_seconds(sum(plan.counts[plan.decode_rows :]), plan.decode_rows)
-        self._in_flight.add(plan.step, sampling, seconds, now, put_off=put_off)
+        prefill_tokens = sum(plan.counts[plan.decode_rows :])
+        seconds = self.pace.step_seconds(prefill_tokens, plan.decode_rows)
+        self._in_flight.add(plan.step, sampling, prefill_tokens, seconds, now, put_off=put_off)
         self._step += 1
         return plan
 
@@ -420,12 +421,13 @@ class Scheduler:
         """What routers are told; cheap enough for every step."""
         running, waiting = self._running.tally, self._waiting.tally
         share = self.pace.uncached_share
+        in_flight = self._in_flight.prefill_tokens(self._clock())  # they go first, whoever they are of
         return ReplicaLoad(
             running=running.sequences,
             yielding_running=running.yielding,
             waiting=waiting.sequences,
             yielding_waiting=waiting.yielding,
-            prefill_tokens=running.lacking + round(share * waiting.lacking),
+            prefill_tokens=in_flight + running.lacking + round(share * waiting.lacking),
             yielding_prefill_tokens=running.yielding_lacking + round(share * waiting.yielding_lacking),
             free_blocks=self.kv.pool.num_unheld,
             total_blocks=self.kv.pool.capacity,

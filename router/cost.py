@@ -10,9 +10,11 @@ Predicted times follow from each replica's measured step curve (`cluster/replica
     slot wait = max(0, r + w + 1 − S) · residence / S
     TPOT = base + min(r + w + 1, S) · decode_row
 
-S is no more than the sequences that run (at least 1) where no block is free. Work that yields (class `batch`) does not
-count before a request that does not: the scheduler lets it go first. `cluster/queue_time.py` has the same formula for
-autoscaling; here most of it is worked out when a replica's state changes (`router/replica_state.py`).
+Of the tokens that were reported, those do not count that the replica has computed since, at B tokens a step: a report
+is up to 100 ms old, longer than many requests take. S is no more than the sequences that run (at least 1) where no
+block is free. Work that yields (class `batch`) does not count before a request that does not: the scheduler lets it go
+first. `cluster/queue_time.py` has the same formula for autoscaling; here most of it is worked out when a replica's
+state changes (`router/replica_state.py`).
 
 The cost is a sum of terms without unit, each 1 at its limit:
 
@@ -44,6 +46,11 @@ from .replica_state import Column
 
 Floats = NDArray[np.float64]
 
+_OF_ALL = (Column.QUEUED, Column.SENT, Column.STEP, Column.OVER)
+_OF_URGENT = (Column.URGENT_QUEUED, Column.URGENT_SENT, Column.URGENT_STEP, Column.URGENT_OVER)
+_ROUNDING = 1e-6
+"""Of a step: a prompt that just fits takes no step more because 1 / B was rounded."""
+
 
 class Costs(NamedTuple):
     """One value per candidate."""
@@ -58,21 +65,25 @@ class Costs(NamedTuple):
     """The sum of all terms: less is better."""
 
 
-def predict(columns: Floats, uncached: Floats | float, *, yields: bool) -> tuple[Floats, Floats]:
+def predict(columns: Floats, uncached: Floats | float, *, now: float, yields: bool) -> tuple[Floats, Floats]:
     """TTFT and TPOT of a request on each replica, in seconds.
 
     Args:
         columns: of the fleet, [Column.COUNT, candidates].
         uncached: tokens to be computed for the request, [candidates].
+        now: seconds of the fleet's clock.
         yields: the request is of class `batch`.
     """
-    queued, step, over = (
-        (columns[Column.QUEUED], columns[Column.STEP], columns[Column.OVER])
-        if yields
-        else (columns[Column.URGENT_QUEUED], columns[Column.URGENT_STEP], columns[Column.URGENT_OVER])
-    )
-    tokens = queued + uncached
-    ttft = np.ceil(tokens * columns[Column.STEPS_PER_TOKEN])
+    queued, sent, step, over = (columns[column] for column in (_OF_ALL if yields else _OF_URGENT))
+    tokens = columns[Column.REPORTED] - now
+    tokens *= columns[Column.PROMPT_SPEED]
+    tokens += queued
+    np.maximum(tokens, 0.0, out=tokens)
+    tokens += sent
+    tokens += uncached
+    ttft = tokens * columns[Column.STEPS_PER_TOKEN]
+    ttft -= _ROUNDING
+    np.ceil(ttft, out=ttft)
     ttft *= step
     tokens *= columns[Column.PREFILL_TOKEN]
     ttft += tokens
@@ -89,6 +100,7 @@ def evaluate(
     targets: LatencyTargets,
     weights: CostWeights,
     *,
+    now: float,
     session_model: int | None = None,
     copies_wanted: float = 1.0,
 ) -> Costs:
@@ -101,10 +113,11 @@ def evaluate(
         output_tokens: that are expected.
         targets: of the request.
         weights: of the terms.
+        now: seconds of the fleet's clock.
         session_model: number of the model that answered the session before.
         copies_wanted: requests under way that would use another copy of what is cached of the prompt, per copy.
     """
-    ttft, tpot = predict(columns, uncached, yields=targets.yields)
+    ttft, tpot = predict(columns, uncached, now=now, yields=targets.yields)
     price = lengths * columns[Column.PROMPT_PRICE]
     price += output_tokens * columns[Column.OUTPUT_PRICE]
 

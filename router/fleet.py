@@ -114,6 +114,10 @@ class Fleet:
             self._suspect_until[replica] = self._clock() + SUSPECT_SECONDS
             self._candidates.clear()
 
+    def now(self) -> float:
+        """Seconds of the fleet's clock."""
+        return self._clock()
+
     def row(self, replica: str) -> int | None:
         """Its row; None if it is not up."""
         return self._row_of.get(replica)
@@ -143,7 +147,7 @@ class Fleet:
         elif state.curve is None:
             state.curve = self._curves.get(state.card.name)
         was_full = state.full
-        state.load = load
+        state.load, state.reported = load, self._clock()
         self._update(index, state, was_full)
 
     def reserve(self, request: str, replica: str, tokens: int, *, yields: bool) -> None:

@@ -112,6 +112,7 @@ def weigh(
         output_tokens,
         targets,
         weights,
+        now=fleet.now(),
         session_model=fleet.models.index(session_model) if session_model in fleet.cards else None,
         copies_wanted=max(prompts[model].copies_wanted for model in models),
     )

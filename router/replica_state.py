@@ -10,6 +10,10 @@ UNKNOWN_CURVE = StepCurve(base=0.02, prefill_token=0.0002, decode_row=0.001)
 """Of a replica that has not measured its own and whose model nobody has measured."""
 
 
+_FASTEST = 1e9
+"""Tokens per second."""
+
+
 class Column:
     """Columns of a replica's row in the fleet: all that the cost function needs, worked out when it changes and not for
     every request. `URGENT_…` is for requests that do not yield, before which yielding work does not count."""
@@ -17,7 +21,7 @@ class Column:
     MODEL = 0
     """Number of the model."""
     QUEUED = 1
-    """Tokens that are computed before a new request's own."""
+    """Tokens that are computed before a new request's own, as reported."""
     URGENT_QUEUED = 2
     STEP = 3
     """Seconds of a step without prompts: base and decoding rows."""
@@ -36,7 +40,14 @@ class Column:
     OUTPUT_PRICE = 12
     PRESENT = 13
     """Requests that run, wait or are on their way."""
-    COUNT = 14
+    SENT = 14
+    """The same of requests that were sent since."""
+    URGENT_SENT = 15
+    REPORTED = 16
+    """When, in seconds of the fleet's clock."""
+    PROMPT_SPEED = 17
+    """Tokens of prompts per second, beside the sequences that run."""
+    COUNT = 18
 
 
 class ReplicaState:
@@ -49,6 +60,7 @@ class ReplicaState:
         "load",
         "model",
         "name",
+        "reported",
         "sent",
         "sent_tokens",
         "yielding_sent",
@@ -63,6 +75,8 @@ class ReplicaState:
         self.curve = curve
         """Measured by this replica or another one of its model; None: nobody has."""
         self.load = ReplicaLoad(0, 0, 0, 0, 0, 0, 1, 1, card.max_num_seqs, card.max_num_batched_tokens, curve, 0.0)
+        self.reported = 0.0
+        """When `load` came, in seconds of the fleet's clock."""
         self.sent = self.yielding_sent = 0
         self.sent_tokens = self.yielding_sent_tokens = 0
         """To be computed of the requests that were sent."""
@@ -102,23 +116,28 @@ class ReplicaState:
         slots = load.max_num_seqs
         if load.free_blocks <= 0:
             slots = min(slots, max(1, running))
-        queued = self.queued_tokens
+        budget = load.max_num_batched_tokens
+        step = curve.base + curve.decode_row * min(running, slots)
         prices = card.estimated_prices
         if card.price_per_hour is not None:
             prices = token_prices(card.price_per_hour, curve, card.max_num_seqs)
         return (
             self.model,
-            queued,
-            queued - load.yielding_prefill_tokens - self.yielding_sent_tokens,
-            curve.base + curve.decode_row * min(running, slots),
+            load.prefill_tokens,
+            load.prefill_tokens - load.yielding_prefill_tokens,
+            step,
             curve.base + curve.decode_row * min(urgent_running, slots),
             running + waiting + 1 - slots,
             urgent_running + urgent_waiting + 1 - slots,
             load.residence / slots,
-            1.0 / load.max_num_batched_tokens,
+            1.0 / budget,
             curve.prefill_token,
             curve.base + curve.decode_row * min(running + waiting + 1, slots),
             prices.prompt,
             prices.output,
             running + waiting,
+            self.sent_tokens,
+            self.sent_tokens - self.yielding_sent_tokens,
+            self.reported,
+            1.0 / max(curve.prefill_token + step / budget, 1.0 / _FASTEST),
         )

@@ -421,6 +421,10 @@ def test_load_counts_what_runs_and_waits_and_what_of_it_yields():
     load = scheduler.load()
     assert (load.running, load.yielding_running, load.waiting, load.yielding_waiting) == (2, 0, 2, 1)
     assert (load.prefill_tokens, load.yielding_prefill_tokens) == (60 - 31 + 10 + 7, 7)
+    assert scheduler.schedule() is not None
+    assert (scheduler.load().prefill_tokens, scheduler.load().yielding_prefill_tokens) == (60 - 31 + 10 + 7, 7), (
+        "what is in flight is not computed yet"
+    )
     assert (load.free_blocks, load.total_blocks) == (100 - 2 - 15, 100)
     assert (load.max_num_seqs, load.max_num_batched_tokens, load.curve) == (2, 32, None)
 

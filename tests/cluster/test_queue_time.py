@@ -84,5 +84,5 @@ def test_the_router_predicts_the_same(
     card = ModelCard(name="m", path="", max_model_len=1, vocab_size=1)
     state = ReplicaState("r", 0, card, CURVE)
     state.load = load(**fields)
-    ttft, _ = predict(np.array([state.row()]).T, np.array([float(own)]), yields=yields)
+    ttft, _ = predict(np.array([state.row()]).T, np.array([float(own)]), now=0.0, yields=yields)
     assert ttft[0] == pytest.approx(seconds(**fields, tokens=own, yields=yields))

@@ -50,15 +50,16 @@ def costs(
     output: float = 10,
     targets: LatencyTargets = TARGETS,
     weights: CostWeights | None = None,
+    now: float = 0.0,
     **options: Any,
 ) -> Costs:
     tokens = np.array(uncached if isinstance(uncached, list) else [uncached] * len(states), np.float64)
     lengths = tokens if prompt is None else np.full(len(states), float(prompt))
-    return evaluate(columns(*states), lengths, tokens, output, targets, weights or CostWeights(), **options)
+    return evaluate(columns(*states), lengths, tokens, output, targets, weights or CostWeights(), now=now, **options)
 
 
-def first_tokens(*states: ReplicaState, uncached: float = 50.0, yields: bool = False) -> list[float]:
-    return predict(columns(*states), np.full(len(states), uncached), yields=yields)[0].tolist()
+def first_tokens(*states: ReplicaState, uncached: float = 50.0, yields: bool = False, now: float = 0.0) -> list[float]:
+    return predict(columns(*states), np.full(len(states), uncached), now=now, yields=yields)[0].tolist()
 
 
 def only(term: str) -> CostWeights:
@@ -86,8 +87,7 @@ def replicas(draw: st.DrawFn) -> ReplicaState:
         **work,
         free_blocks=draw(st.integers(0, 1)),
         max_num_seqs=draw(st.integers(1, 20)),
-        # Powers of two: else the rounding of 1/B may count one step more where a prompt just fits.
-        max_num_batched_tokens=2 ** draw(st.integers(0, 10)),
+        max_num_batched_tokens=draw(st.integers(1, 1024)),
         curve=StepCurve(draw(st.floats(0, 0.1)), draw(st.floats(0, 0.01)), draw(st.floats(0, 0.01))),
         residence=draw(st.floats(0, 60)),
         prices=TokenPrices(draw(st.floats(0, 1e-5)), draw(st.floats(0, 1e-5))),
@@ -170,10 +170,29 @@ def test_a_request_on_its_way_counts_like_one_that_waits_there(state, yields) ->
 
 def test_a_worked_example() -> None:
     busy = replica(running=3, waiting=2, prefill_tokens=100, sent=1, sent_tokens=28)
-    ttft, tpot = predict(columns(busy), np.array([72.0]), yields=False)
+    ttft, tpot = predict(columns(busy), np.array([72.0]), now=0.0, yields=False)
     # 200 tokens are 4 steps of 20 + 3 · 5 ms; 200 ms to compute them; 7 sequences for 4 slots: 3 · 8 s / 4.
     assert ttft[0] == pytest.approx(4 * 0.035 + 0.2 + 6.0)
     assert tpot[0] == pytest.approx(0.02 + 4 * 0.005)
+
+
+def test_what_was_reported_long_ago_has_been_computed_since() -> None:
+    # 64 tokens take a step of 20 + 5 ms and 64 ms for themselves: 719 tokens a second.
+    busy = replica(running=1, prefill_tokens=128, sent=1, sent_tokens=30)
+    step = 0.025 + 64 * 0.001
+    assert first_tokens(busy, uncached=34) == [pytest.approx(3 * step)]
+    assert first_tokens(busy, uncached=34, now=step) == [pytest.approx(2 * step)]
+    assert first_tokens(busy, uncached=34, now=1.5 * step) == [pytest.approx(2 * 0.025 + 96 * 0.001)]
+    assert first_tokens(busy, uncached=34, now=2 * step) == first_tokens(busy, uncached=34, now=1e6)
+    assert first_tokens(busy, uncached=34, now=1e6) == [pytest.approx(step)]  # what was sent since is still before it
+
+
+def test_of_batch_work_only_that_which_counts_grows_old() -> None:
+    busy = replica(prefill_tokens=640, yielding_prefill_tokens=576)
+    assert first_tokens(busy, uncached=64) == [pytest.approx(2 * 0.084)]
+    assert first_tokens(busy, uncached=64, now=0.042) == [pytest.approx(2 * 0.02 + 96 * 0.001)]
+    assert first_tokens(busy, uncached=64, now=0.084) == [pytest.approx(0.084)]
+    assert first_tokens(busy, uncached=64, yields=True, now=0.084) == [pytest.approx(10 * 0.084)]
 
 
 # --- the terms ----------------------------------------------------------------------------------------------------
