@@ -69,30 +69,39 @@ class Answering:
             raise
 
     async def _answer(self, http: Request, preparation: Preparation[Any], asked: Asked) -> Response:
-        members, encoded = await self._encode(preparation)
+        members, encoded, given_up = await self._encode(preparation)
         began = time.perf_counter()
-        given_up: dict[str, str] = {}
+        unsure: str | None = None  # whose draft was thrown away: it answers if the others are down
         while True:
-            job, decision = self._decide(preparation, encoded, members, asked, given_up)
+            job, decision = self._decide(preparation, encoded, members, asked, given_up, last=unsure is None)
             timer = RequestTimer(self._metrics, job.model, asked.latency, len(job.choices), began)
             try:
                 return await self._run(http, job, decision, timer)
             except ReplicaUnavailable as error:
                 given_up[job.model] = "down"
                 if len(given_up) == len(members):
-                    raise
+                    if unsure is None:
+                        raise
+                    del given_up[unsure]
+                    unsure = None
                 logger.warning("%s is down (%s): the next best model answers", job.model, error)
             except DraftUnsure as error:
+                unsure = job.model
+                given_up[job.model] = str(error)
+            except QueueFull as error:
+                if not decision.checked or len(given_up) + 1 == len(members):
+                    raise
                 given_up[job.model] = str(error)
 
     async def explain(self, http: Request, preparation: Preparation[Any]) -> dict[str, Any]:
         """What would be decided, and by what; nothing is sent."""
         asked = self._asked(http, preparation)
-        members, encoded = await self._encode(preparation)
-        decision = self._route(preparation, encoded, members, asked)
+        members, encoded, unable = await self._encode(preparation)
+        able = list(encoded)
+        decision = self._route(preparation, encoded, able, asked, unable)
         everyone = self._router.survey(
-            members,
-            _first_prompts(encoded, members),
+            able,
+            _first_prompts(encoded, able),
             preparation.max_tokens,
             asked.latency,
             cache_salt=asked.cache_salt,
@@ -114,10 +123,12 @@ class Answering:
             session=(headers.get(SESSION_HEADER) or request.prompt_cache_key or "")[:_MAX_SESSION],
         )
 
-    async def _encode(self, preparation: Preparation[Any]) -> tuple[tuple[str, ...], dict[str, Encoded]]:
-        """The models that the client allows, and the request as each of them sees it."""
+    async def _encode(
+        self, preparation: Preparation[Any]
+    ) -> tuple[tuple[str, ...], dict[str, Encoded], dict[str, str]]:
+        """The models that the client allows, the request as each of them sees it, and why some cannot serve it."""
         members = find_models(self._served, self._router.groups, preparation.request.model)
-        return members, await preparation.encode([self._served[name] for name in members])
+        return members, *await preparation.encode([self._served[name] for name in members])
 
     def _decide(
         self,
@@ -126,8 +137,11 @@ class Answering:
         members: Sequence[str],
         asked: Asked,
         given_up: Mapping[str, str],
+        *,
+        last: bool,
     ) -> tuple[Job, Decision]:
-        """Choose model and replica, and count the request there at once."""
+        """Choose model and replica, and count the request there at once. If the models that are left are the `last` that
+        could answer, it is worth waiting for one of them."""
         left = [name for name in members if name not in given_up]
         decision = self._route(preparation, encoded, left, asked, given_up)
         context = Context(asked.latency, asked.cache_salt, scored=decision.checked)
@@ -136,7 +150,7 @@ class Answering:
         first.replica = decision.replica
         for choice in job.choices:
             # Where no replica is known of any model, the best one is waited for.
-            choice.patient = len(left) == 1 or decision.replica is None
+            choice.patient = last and (len(left) == 1 or decision.replica is None)
         self._router.reserve(attempt_id(first.request.request_id, 0), decision, asked.latency, asked.session)
         return job, decision
 
@@ -146,7 +160,7 @@ class Answering:
         encoded: Mapping[str, Encoded],
         models: Sequence[str],
         asked: Asked,
-        given_up: Mapping[str, str] | None = None,
+        given_up: Mapping[str, str],
     ) -> Decision:
         return self._router.route(
             models,
@@ -156,7 +170,7 @@ class Answering:
             preparation.facts(encoded[models[0]], asked.latency.name),
             cache_salt=asked.cache_salt,
             session=asked.session,
-            given_up=given_up or {},
+            given_up=given_up,
         )
 
     # --- running --------------------------------------------------------------------------------------------------

@@ -118,6 +118,10 @@ class Fleet:
         """Seconds of the fleet's clock."""
         return self._clock()
 
+    def trusts(self, model: str) -> bool:
+        """Whether a replica of it is up that has not just failed."""
+        return any(name not in self._suspect_until for name in self._members[model])
+
     def row(self, replica: str) -> int | None:
         """Its row; None if it is not up."""
         return self._row_of.get(replica)

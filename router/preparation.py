@@ -57,16 +57,31 @@ class Preparation(ABC, Generic[RequestT]):
     def __init__(self, request: RequestT) -> None:
         self.request = request
 
-    async def encode(self, models: Iterable[ServedModel]) -> dict[str, Encoded]:
-        """The request as each of `models` sees it; models with the same tokenizer share one object."""
-        found: dict[str, Encoded] = {}
-        by_tokenizer: dict[str, Encoded] = {}
+    async def encode(self, models: Iterable[ServedModel]) -> tuple[dict[str, Encoded], dict[str, str]]:
+        """The request as each of `models` sees it, and why some of them cannot serve it.
+
+        Models with the same tokenizer share one object. Raises `InvalidRequest` if none can serve it.
+        """
+        found: dict[tuple[str, int], Encoded | InvalidRequest] = {}
+        encoded: dict[str, Encoded] = {}
+        unable: dict[str, str] = {}
+        first: InvalidRequest | None = None
         for model in models:
-            key = model.tokenizer.fingerprint
-            if key not in by_tokenizer:
-                by_tokenizer[key] = await self._encode(model)
-            found[model.card.name] = by_tokenizer[key]
-        return found
+            key = (model.tokenizer.fingerprint, model.card.vocab_size)
+            if key not in found:
+                try:
+                    found[key] = await self._encode(model)
+                except InvalidRequest as error:
+                    found[key] = error
+                    first = first or error
+            result = found[key]
+            if isinstance(result, Encoded):
+                encoded[model.card.name] = result
+            else:
+                unable[model.card.name] = str(result)
+        if first is not None and not encoded:
+            raise first
+        return encoded, unable
 
     @abstractmethod
     def facts(self, encoded: Encoded, latency_class: str) -> PromptFacts:

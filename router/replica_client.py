@@ -185,6 +185,11 @@ class Generation:
             client._handles[self._model], client._receiver, request, client._straggler_timeout_s, replica
         )
 
+    @property
+    def _may_go_elsewhere(self) -> bool:
+        """Another model may still answer instead."""
+        return not self._patient and not self._known
+
     async def _end_attempt(self) -> None:
         attempt, self._attempt = self._attempt, None
         self._client._router.release(attempt_id(self._request.request_id, max(0, self._attempts - 1)))
@@ -202,7 +207,8 @@ class Generation:
         if isinstance(error, errors.QueueFull | errors.ReplicaUnavailable):
             # A client whose answer has begun cannot send the request again, so we do.
             late = isinstance(error, errors.TargetUnreachable)
-            if not self._losses or now >= self._deadline or late:
+            elsewhere = isinstance(error, errors.ReplicaUnavailable) and self._may_go_elsewhere
+            if not self._losses or now >= self._deadline or late or elsewhere:
                 raise error
             self._retries += 1
         else:
@@ -220,7 +226,7 @@ class Generation:
             logger.warning(
                 "request %s lost its replica after %d tokens (%s); resubmitting", request_id, len(self._known), error
             )
-            if not self._patient and not self._known:
+            if self._may_go_elsewhere and not client._router.has_another(self._model):
                 raise errors.ReplicaUnavailable(f"a replica of {self._model!r} was lost: {error}") from error
             self._deadline, self._retries = now + client._resumption_timeout_s, self._losses - 1
         await asyncio.sleep(min(client._retry_wait_s * 2**self._retries, MAX_RETRY_WAIT_SECONDS))

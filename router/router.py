@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import msgspec
 
 from ..cluster.block_hash import short_block_hashes
-from ..cluster.errors import RequestError
+from ..cluster.errors import RequestError, TargetUnreachable
 from ..cluster.latency_class import LatencyTargets
 from ..cluster.messages import ModelCard
 from ..cluster.request import EngineRequest
@@ -98,6 +98,15 @@ class Router:
         choice = self._variants.choose(models, facts, needed, given_up)
         views, able = self._views(prompts, cache_salt), self._variants.able(models, needed)
         if not self.config.shadow or len(models) == 1:
+            try:
+                return self._decide(choice, views, able, max_tokens, targets, session)
+            except TargetUnreachable:
+                draft = choice.draft
+                if draft is None or choice.models != (draft,):
+                    raise
+            # The draft would be late; whom it would have been checked for may not be.
+            given_up = {**(given_up or {}), draft: "its draft would be late"}
+            choice = self._variants.choose([model for model in models if model != draft], facts, needed, given_up)
             return self._decide(choice, views, able, max_tokens, targets, session)
         excluded = {model: why for model, why in choice.excluded.items() if model != able[0]}
         acted = Choice((able[0],), "shadow mode: the best model answers", choice.probabilities, excluded)
@@ -168,6 +177,10 @@ class Router:
     def lost(self, replica: str) -> None:
         """A request was lost there: avoid it until Serve has found out what it is."""
         self.fleet.suspect(replica)
+
+    def has_another(self, model: str) -> bool:
+        """Whether a replica of `model` is up besides those that have just lost a request."""
+        return self.fleet.trusts(model)
 
     def set_replicas(self, model: str, replicas: Collection[str]) -> tuple[set[str], set[str]]:
         """The replicas of `model` that Serve says are up; returns those that are new and those that are gone.

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 
-from raytroupe.cluster.errors import ReplicaUnavailable
+from raytroupe.cluster.errors import QueueFull, ReplicaUnavailable
 from raytroupe.cluster.messages import ModelCard
 from raytroupe.cluster.request import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
 from raytroupe.router.api import build_app
@@ -46,6 +46,8 @@ class ScriptedEngine:
         """Of every chosen token."""
         self.down: set[str] = set()
         """Models of which no replica can be reached."""
+        self.full: set[str] = set()
+        """Models whose queues are full."""
         self.asked: list[tuple[str, str | None, bool]] = []
         """Model, replica and patience of every request."""
         self.stalled: list[str] = []
@@ -77,6 +79,8 @@ class ScriptedEngine:
             while given < len(script):
                 if model in self.down:
                     raise ReplicaUnavailable(f"no replica of {model!r} is up")
+                if model in self.full:
+                    raise QueueFull(f"the queue of {model!r} is full", retry_after=3)
                 if self.error is not None and given >= self.error_after:
                     raise self.error
                 if given == self.hold_after:

@@ -415,10 +415,25 @@ async def test_an_impatient_request_does_not_wait_for_a_replica_to_come_up(clien
 async def test_an_impatient_request_that_is_lost_before_its_first_token_is_given_back(
     client, replica, fleet, end
 ) -> None:
-    replica.faults = [(0, end)]
+    replica.faults = [(0, end)] * 3
     with pytest.raises(ReplicaUnavailable, match="was lost"):
         await impatiently(client, replica)
-    assert len(replica.calls) == 1
+    assert {call.target for call in replica.calls} == fleet.replicas("demo"), "each was tried once"
+    assert len(replica.calls) == 2
+
+
+@pytest.mark.parametrize("end", LOST[:3], ids=lambda end: type(end).__name__)
+async def test_an_impatient_request_goes_to_another_replica_of_its_model_first(client, replica, fleet, end) -> None:
+    replica.faults = [(0, end)]
+    assert await impatiently(client, replica) == ANSWER
+    assert len({call.target for call in replica.calls}) == 2
+
+
+async def test_an_impatient_request_that_was_lost_does_not_wait_for_a_replacement(client, replica, fleet) -> None:
+    replica.faults = [(-1, ActorDiedError()), (-1, DeploymentUnavailableError(DeploymentID("demo")))]
+    with pytest.raises(ReplicaUnavailable):
+        await impatiently(client, replica)
+    assert len(replica.calls) == 2
 
 
 async def test_an_impatient_request_whose_answer_has_begun_goes_on_elsewhere(client, replica, fleet) -> None:

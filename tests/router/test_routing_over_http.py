@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -421,6 +422,48 @@ async def test_other_errors_are_the_answer(serve, engine, error, status, stream)
     assert service.models == ["large"]
 
 
+# --- a model that cannot serve the request -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def mute(tmp_path: Path) -> ModelCard:
+    """A large model without a chat template."""
+    folder = tmp_path / "mute"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return msgspec.structs.replace(CARDS[0], path=str(folder))
+
+
+async def test_a_model_without_a_chat_template_leaves_chats_to_the_others(serve, mute) -> None:
+    service = serve(cards=[mute, CARDS[1]])
+    response = await service.post()
+    assert response.status_code == 200
+    assert check_header(response)["model"] == "small"
+    assert "no chat template" in response.headers["x-troupe-route"]
+    assert (await service.post(COMPLETION, "completions")).status_code == 200
+    assert service.models == ["small", "large"]
+    shown = {each["model"]: each["excluded"] for each in (await service.post(path="route")).json()["candidates"]}
+    assert shown["small"] is None
+    assert "no chat template" in shown["large"]
+
+
+async def test_where_no_model_can_serve_a_request_it_is_a_bad_one(serve, mute) -> None:
+    service = serve(cards=[mute, msgspec.structs.replace(mute, name="small")])
+    response = await service.post()
+    assert response.status_code == 400
+    assert "'large' has no chat template" in response.json()["error"]["message"]
+
+
+async def test_token_ids_go_to_a_model_that_has_them(serve) -> None:
+    """Two models with one tokenizer need not have embeddings for the same ids."""
+    service = serve(cards=[msgspec.structs.replace(CARDS[0], vocab_size=1000), CARDS[1]])
+    for prompt, model in (([5, 1200], "small"), ([5, 900], "large")):
+        assert (await service.post(COMPLETION | {"prompt": prompt}, "completions")).status_code == 200
+        assert service.models[-1] == model
+
+
 # --- drafts -------------------------------------------------------------------------------------------------------
 
 DRAFTED = {"small": "The small model thinks that it is four.", "large": "It is four."}
@@ -512,6 +555,60 @@ async def test_usage_counts_every_token_of_a_draft_once(drafting, engine, stream
 async def test_a_draft_that_is_down_leaves_the_answer_to_the_better_model(drafting, stream) -> None:
     drafting.down("small")
     assert answer_of(await drafting.post(BODY | {"stream": stream}), stream) == DRAFTED["large"]
+
+
+@STREAM
+async def test_an_unsure_draft_is_better_than_no_answer(drafting, engine, stream) -> None:
+    engine.logprob = -0.6
+    drafting.down("large")
+    response = await drafting.post(BODY | {"stream": stream})
+    assert answer_of(response, stream) == DRAFTED["small"]
+    assert [(model, patient) for model, _, patient in engine.asked] == [
+        ("small", False),
+        ("large", False),
+        ("small", True),
+    ]
+    assert engine.requests[2].sampling.logprobs is None
+    assert check_header(response)["model"] == "small"
+    assert "large: down" in response.headers["x-troupe-route"]
+
+
+async def test_where_the_unsure_drafts_model_is_down_by_then_the_client_is_told(drafting, engine) -> None:
+    engine.logprob, engine.hold_after = -0.6, 3
+    drafting.down("large")
+    asking = asyncio.create_task(drafting.post())
+    await drafting.begun()
+    drafting.down("large", "small")
+    assert (await asking).status_code == 503
+
+
+@STREAM
+async def test_a_draft_whose_queue_is_full_leaves_the_answer_to_the_better_model(drafting, engine, stream) -> None:
+    engine.full = {"small"}
+    response = await drafting.post(BODY | {"stream": stream})
+    assert answer_of(response, stream) == DRAFTED["large"]
+    assert "small: the queue of 'small' is full" in response.headers["x-troupe-route"]
+
+
+@STREAM
+async def test_load_alone_never_makes_an_unsure_draft_the_answer(drafting, engine, stream) -> None:
+    engine.full, engine.logprob = {"large"}, -0.6
+    response = await drafting.post(BODY | {"stream": stream})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "3")
+    engine.full, engine.logprob = {"large", "small"}, -0.25
+    assert (await drafting.post(BODY | {"stream": stream})).status_code == 429
+
+
+async def test_a_draft_that_would_be_late_leaves_the_answer_to_the_better_model(drafting, engine) -> None:
+    for replica in ("small-1", "small-2"):
+        drafting.router.fleet.report(replica, load(prefill_tokens=50_000))
+    response = await drafting.post(x_ttft_target_ms="500")
+    assert response.status_code == 200
+    assert drafting.models == ["large"]
+    assert "small: its draft would be late" in response.headers["x-troupe-route"]
+    for replica in ("large-1", "large-2"):
+        drafting.router.fleet.report(replica, load(prefill_tokens=50_000))
+    assert (await drafting.post(x_ttft_target_ms="500")).status_code == 429
 
 
 @STREAM
