@@ -140,8 +140,8 @@ class Answering:
         *,
         last: bool,
     ) -> tuple[Job, Decision]:
-        """Choose model and replica, and count the request there at once. If the models that are left are the `last` that
-        could answer, it is worth waiting for one of them."""
+        """Choose model and replica, and count the request there at once. If the models that are left are the `last`
+        that could answer, it is worth waiting for one of them."""
         left = [name for name in members if name not in given_up]
         decision = self._route(preparation, encoded, left, asked, given_up)
         context = Context(asked.latency, asked.cache_salt, scored=decision.checked)
