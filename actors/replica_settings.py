@@ -12,7 +12,7 @@ from ..cluster import kv_memory, topology
 from ..cluster.kv_memory import DeviceMemory, KVMemory
 from ..cluster.messages import Endpoint
 from ..cluster.model_spec import ModelSpec
-from ..cluster.scheduler import SchedulerConfig
+from ..cluster.scheduler_config import SchedulerConfig
 from ..cluster.topology import ShardLayout
 from .shard_config import ShardConfig
 

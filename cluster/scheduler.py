@@ -1,10 +1,10 @@
 """What runs in the next step.
 
 There is no prefill phase and no decode phase. A request has *known* tokens and *scheduled* tokens, and every step
-gives each request a share of the token budget to catch up (`cluster/sequence.py` draws it). Memory is decided here
-alone: a request is admitted when the block pool can hold all its known tokens, and when a running one needs a block
-that the pool does not have, the least urgent running one gives its blocks back and is computed again later
-(`cluster/running_set.py`).
+gives each request a share of the token budget to catch up (`cluster/sequence.py` draws it, `cluster/step_planner.py`
+does it). Memory is decided here alone: a request is admitted when the block pool can hold all its known tokens, and
+when a running one needs a block that the pool does not have, the least urgent running one gives its blocks back and is
+computed again later (`cluster/running_set.py`).
 
 The most urgent is whose first token is due first. Work of class `batch` *yields*: it comes after all other work, makes
 steps that compute others' prompts hardly longer, and takes no more of a step than others' targets allow
@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import islice
-
-import msgspec
 
 from .errors import InvalidRequest, QueueFull, TargetUnreachable
 from .kv_manager import KVManager
@@ -36,11 +33,13 @@ from .replica_report import ReplicaLoad
 from .request import EngineRequest, FinishReason, TokenOutput
 from .request_checks import check_request
 from .running_set import RunningSet
+from .scheduler_config import SchedulerConfig
 from .scheduler_stats import RequestTimes, SchedulerSnapshot, SchedulerStats
 from .sequence import Sequence, Status
-from .step import NewSequence, StepPlan, StepResult
+from .step import StepPlan, StepResult
+from .step_planner import StepPlanner
 from .waiting_queue import WaitingQueue
-from .yielding import NOTHING, WAIT, PromptBudget, YieldingRules
+from .yielding import NOTHING, WAIT, YieldingRules
 
 PRIORITY_SECONDS = 30.0
 """One step of priority is worth this much waiting: a request is due at arrival + target for the first token +
@@ -50,23 +49,6 @@ OVERDUE_SHARE = 8
 
 _EARLY = 1.25
 """Times the lead: a step whose turn comes sooner is planned at once, and not a moment later."""
-
-Chunk = tuple[Sequence, int, int]
-"""(sequence, first position, tokens): a sequence's share of a step."""
-
-
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of one replica."""
-
-    num_blocks: int
-    """Blocks in the cache, the null block included."""
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_num_waiting: int = 1024
-    pipeline_stages: int = 1
-    prefix_caching: bool = True
 
 
 class Scheduler:
@@ -82,7 +64,6 @@ class Scheduler:
         self.pace = Pace()
         self.plan_at: float | None = None
         """Set when `schedule` finds that there is time left: when to call it again unless something happens before."""
-        self._self_feeding = config.pipeline_stages == 1
         self._clock = clock
         self._arrivals = 0
         self._step = 0
@@ -95,6 +76,7 @@ class Scheduler:
         )
         self._overdue = Overdue(max(1, config.max_num_seqs // OVERDUE_SHARE))
         self._by_id: dict[str, Sequence] = {}
+        self._planner = StepPlanner(config, self.kv, self._running, self._waiting, self.pace, self.stats, clock)
         self._in_flight = PlansInFlight()
         self._lead = LeadTime()
 
@@ -208,145 +190,16 @@ class Scheduler:
         if yielding_share == WAIT:
             self.plan_at = now + remaining - lead
             return None
-        visible = running = len(self._running)
-        for_others = yielding_share == NOTHING
-        riders = self._yielding.riders() if for_others else 0
-        if for_others:
-            visible -= self._running.tally.yielding - riders
-        plan = StepPlan(self._step, [], [], [], [], [], 0, [], [])
-        sampling: list[Sequence] = []
-        # With pipeline stages every plan in flight takes its part of the sequences, so that all stages have work: of
-        # those that run now, and of as many as may run at once where new ones are taken in.
-        stages, limit = self.config.pipeline_stages, self.config.max_num_seqs
-        max_running_rows = limit if stages == 1 else -(-running // stages)
-        max_rows = limit if stages == 1 else -(-min(len(self._by_id), limit) // stages)
-        preempted = self.stats.preemptions
-        self._plan_single_tokens(plan, sampling, visible, max_running_rows)
-        singles = len(plan.slots)
-        # Whoever were admitted after a preemption could be preempted in the next step.
-        admitted_rows = max_rows - singles if self.stats.preemptions == preempted else 0
-        budget = PromptBudget(
-            self.config.max_num_batched_tokens - singles,
-            yielding_share,
-            leaves_yielding_out=for_others and not riders,
-        )
-        chunks = self._plan_prompts(plan, budget, visible, max_running_rows - singles, admitted_rows)
-        chunks.sort(key=lambda chunk: chunk[2] != 1)  # single tokens first; a stable sort keeps the rest in order
-        for sequence, start, count in chunks:
-            plan.slots.append(sequence.slot)
-            plan.starts.append(start)
-            plan.counts.append(count)
-            plan.samples.append(start + count == len(sequence.tokens))
-            if plan.samples[-1]:
-                sequence.pending += 1
-                sampling.append(sequence)
-        if not plan.slots:
+        riders = self._yielding.riders() if yielding_share == NOTHING else 0
+        planned = self._planner.plan(self._step, yielding_share, riders)
+        if planned is None:
             return None
-        plan.decode_rows = len(plan.counts) - sum(count != 1 for _, _, count in chunks)
+        plan, sampling = planned
         prefill_tokens = sum(plan.counts[plan.decode_rows :])
         seconds = self.pace.step_seconds(prefill_tokens, plan.decode_rows)
         self._in_flight.add(plan.step, sampling, prefill_tokens, seconds, now, put_off=put_off)
         self._step += 1
         return plan
-
-    def _plan_single_tokens(self, plan: StepPlan, sampling: list[Sequence], visible: int, max_rows: int) -> None:
-        """Rows for those of the first `visible` running sequences that lack one token. The hot loop: one pass, no calls
-        unless a block is full."""
-        slots, starts, size, self_feeding = plan.slots, plan.starts, self.config.block_size, self._self_feeding
-        # Victims of a preemption leave at the end of the list, not yet visited.
-        for sequence in islice(self._running.sequences, visible):
-            start, known = sequence.scheduled, len(sequence.tokens)
-            end = known + sequence.pending if self_feeding else known
-            if end - start != 1 or end >= sequence.max_len:
-                continue
-            if len(slots) >= max_rows:
-                break
-            if start >= len(sequence.blocks) * size:
-                block = self._running.grow(sequence)
-                if block is None:
-                    break  # the sequence, which was the least urgent, gave way itself
-                plan.new_blocks.append((sequence.slot, [block]))
-            slots.append(sequence.slot)
-            starts.append(start)
-            sampling.append(sequence)
-            sequence.scheduled = start + 1
-            sequence.pending += 1
-            if not self_feeding and sequence.sent < known:
-                self._send_tokens(plan, sequence)
-        plan.counts.extend([1] * len(slots))
-        plan.samples.extend([True] * len(slots))
-
-    def _plan_prompts(
-        self, plan: StepPlan, budget: PromptBudget, visible: int, max_rows: int, max_admitted_rows: int
-    ) -> list[Chunk]:
-        """Shares of the budget, by urgency, for the first `visible` running sequences, which have blocks for all that
-        they lack, and for waiting ones."""
-        chunks: list[Chunk] = []
-        if self._running.tally.lacking:
-            for sequence in [member for member in islice(self._running.sequences, visible) if member.lacking]:
-                self._admit(plan, budget, chunks, max_admitted_rows, before=sequence)
-                share = budget.share(sequence)
-                if share > 0 and len(chunks) < max_rows:
-                    chunks.append(self._take_chunk(sequence, share))
-                    budget.spend(sequence, chunks[-1][2])
-        self._admit(plan, budget, chunks, max_admitted_rows)
-        return chunks
-
-    def _admit(
-        self, plan: StepPlan, budget: PromptBudget, chunks: list[Chunk], max_rows: int, before: Sequence | None = None
-    ) -> None:
-        """Take waiting sequences in, in strict order of urgency, while blocks for all their known tokens are free; only
-        those more urgent than `before`."""
-        while len(chunks) < max_rows:
-            sequence = self._waiting.head()
-            if sequence is None or sequence.pending:  # a plan in flight still samples its newest token
-                break
-            share = budget.share(sequence)
-            if share <= 0 or (before is not None and before.urgency < sequence.urgency):
-                break
-            prefix = self.kv.cached_prefix(sequence)
-            if not self._running.fits(sequence, prefix) and budget.leaves_yielding_out:
-                self._running.make_room(sequence, only_yielding=True)
-                prefix = self.kv.cached_prefix(sequence)
-            if not self._running.fits(sequence, prefix):
-                break
-            self._waiting.remove(sequence)
-            self._start(plan, sequence, prefix)
-            chunks.append(self._take_chunk(sequence, share))
-            budget.spend(sequence, chunks[-1][2])
-
-    def _take_chunk(self, sequence: Sequence, share: int) -> Chunk:
-        start = sequence.scheduled
-        missing = len(sequence.tokens) - start
-        count = min(missing, share)
-        sequence.scheduled = start + count
-        # One token that is left is not planned here but with the single ones.
-        self._running.tally.change(sequence, missing - count if missing - count > 1 else 0)
-        self.kv.register_full_blocks(sequence)  # so that equal prompts in one step share their blocks
-        return sequence, start, count
-
-    def _start(self, plan: StepPlan, sequence: Sequence, prefix: list[int]) -> None:
-        """Make a waiting sequence a running one, and tell the shards all about it."""
-        self._running.admit(sequence, prefix)
-        sequence.sent = len(sequence.tokens)
-        if sequence.scheduled_time is None:
-            sequence.scheduled_time = self._clock()
-            self.pace.started(len(sequence.tokens), sequence.scheduled, sequence.yields, sequence.scheduled_time)
-            sequence.cached_tokens = min(sequence.scheduled, sequence.prompt_len)
-            if not sequence.request.generated:  # else the replica that had it before has counted it
-                self.stats.prompt_tokens += sequence.prompt_len
-                if self.config.prefix_caching:
-                    self.stats.prefix_queries += sequence.prompt_len
-                    self.stats.prefix_hits += sequence.scheduled
-        # Copies: the plan may be executed in this process while the sequence goes on.
-        sampling = sequence.request.sampling
-        plan.new.append(NewSequence(sequence.slot, sequence.tokens.copy(), sequence.prompt_len, sampling))
-        plan.new_blocks.append((sequence.slot, sequence.blocks.copy()))
-
-    def _send_tokens(self, plan: StepPlan, sequence: Sequence) -> None:
-        """Tell all pipeline stages the tokens that the last one sampled."""
-        plan.new_tokens.append((sequence.slot, sequence.sent, sequence.tokens[sequence.sent :]))
-        sequence.sent = len(sequence.tokens)
 
     # --- results --------------------------------------------------------------------------------------------------
 

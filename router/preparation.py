@@ -56,6 +56,8 @@ class Preparation(ABC, Generic[RequestT]):
 
     def __init__(self, request: RequestT) -> None:
         self.request = request
+        self._gives_ids = False
+        """The prompt is token ids, which not every model with the same tokenizer need have."""
 
     async def encode(self, models: Iterable[ServedModel]) -> tuple[dict[str, Encoded], dict[str, str]]:
         """The request as each of `models` sees it, and why some of them cannot serve it.
@@ -67,7 +69,7 @@ class Preparation(ABC, Generic[RequestT]):
         unable: dict[str, str] = {}
         first: InvalidRequest | None = None
         for model in models:
-            key = (model.tokenizer.fingerprint, model.card.vocab_size)
+            key = (model.tokenizer.fingerprint, model.card.vocab_size if self._gives_ids else 0)
             if key not in found:
                 try:
                     found[key] = await self._encode(model)
@@ -155,6 +157,8 @@ class CompletionPreparation(Preparation[CompletionRequest]):
             raise InvalidRequest(f"best_of = {request.best_of}: only n ({n}) is supported", param="best_of")
         if request.echo and request.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported: prompts get no log-probabilities", param="echo")
+        prompt = request.prompt
+        self._gives_ids = not isinstance(prompt, str) and not isinstance(prompt[0], str)
 
     @property
     def max_tokens(self) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from raytroupe.cluster.request import EngineRequest, SamplingParams, TokenOutput
-from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 from raytroupe.cluster.step import StepPlan, StepResult
 
 

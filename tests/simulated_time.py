@@ -10,7 +10,8 @@ from raytroupe.cluster.errors import TargetUnreachable
 from raytroupe.cluster.latency_class import DEFAULT_TARGETS
 from raytroupe.cluster.replica_report import StepCurve
 from raytroupe.cluster.request import EngineRequest, SamplingParams
-from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 from raytroupe.cluster.scheduler_stats import RequestTimes
 from raytroupe.cluster.step import StepPlan, StepResult
 

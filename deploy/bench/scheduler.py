@@ -20,7 +20,8 @@ from typing import Annotated
 import typer
 
 from ...cluster.request import EngineRequest, SamplingParams
-from ...cluster.scheduler import Scheduler, SchedulerConfig
+from ...cluster.scheduler import Scheduler
+from ...cluster.scheduler_config import SchedulerConfig
 from ...cluster.step import StepPlan, StepResult
 from .mixed_requests import mixed_requests
 from .options import JsonFile

@@ -45,7 +45,8 @@ from ...actors.engine_loop import EngineLoop
 from ...actors.token_sender import MESSAGE_SECONDS, TokenSender
 from ...cluster.errors import EngineError
 from ...cluster.messages import GenerateCall, ModelCard
-from ...cluster.scheduler import Scheduler, SchedulerConfig
+from ...cluster.scheduler import Scheduler
+from ...cluster.scheduler_config import SchedulerConfig
 from ...cluster.step import StepPlan, StepResult
 from ...router.api import build_app
 from ...router.metrics import IngressMetrics

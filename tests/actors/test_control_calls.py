@@ -20,7 +20,8 @@ from raytroupe.cluster.errors import ShardFailed
 from raytroupe.cluster.latency_class import LatencyTargets
 from raytroupe.cluster.messages import Endpoint, GenerateCall, GenerateReply, TokenBatch
 from raytroupe.cluster.request import EngineRequest, SamplingParams
-from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 from raytroupe.cluster.secure_socket import SecureContext
 
 LIMITS = SchedulerConfig(

@@ -10,7 +10,8 @@ from raytroupe.actors.engine_loop import EngineLoop
 from raytroupe.cluster.latency_class import BATCH, DEFAULT, DEFAULT_TARGETS
 from raytroupe.cluster.replica_report import StepCurve
 from raytroupe.cluster.request import EngineRequest, SamplingParams
-from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 from raytroupe.cluster.step import StepPlan, StepResult
 
 

@@ -10,7 +10,8 @@ from tiny_models import FAMILIES
 
 from raytroupe.actors.local_engine import answer_all
 from raytroupe.cluster.request import EngineRequest, SamplingParams
-from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 
 BLOCK_SIZE = 8
 BUDGET = 48

@@ -7,7 +7,7 @@ from simulated_time import SimulatedReplica, poisson, requests
 
 from raytroupe.cluster.latency_class import BATCH, INTERACTIVE
 from raytroupe.cluster.replica_report import StepCurve
-from raytroupe.cluster.scheduler import SchedulerConfig
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 from raytroupe.cluster.scheduler_stats import RequestTimes
 
 SECONDS = 120.0

@@ -12,7 +12,8 @@ from raytroupe.cluster.overdue import Overdue
 from raytroupe.cluster.pace import PATIENCE
 from raytroupe.cluster.replica_report import StepCurve
 from raytroupe.cluster.request import EngineRequest, SamplingParams
-from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 from raytroupe.cluster.step import StepResult
 from raytroupe.cluster.yielding import RIDE_SHARE
 

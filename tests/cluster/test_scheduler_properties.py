@@ -12,7 +12,8 @@ from raytroupe.cluster.errors import TargetUnreachable
 from raytroupe.cluster.latency_class import BATCH, CLASS_NAMES, DEFAULT_TARGETS, EXPLICIT, LatencyTargets
 from raytroupe.cluster.replica_report import StepCurve
 from raytroupe.cluster.request import EngineRequest, FinishReason, SamplingParams
-from raytroupe.cluster.scheduler import Scheduler, SchedulerConfig
+from raytroupe.cluster.scheduler import Scheduler
+from raytroupe.cluster.scheduler_config import SchedulerConfig
 
 MAX_MODEL_LEN = 40
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from ....cluster.errors import ConfigError
 from ....cluster.latency_class import DEFAULT_TARGETS
 from ....cluster.replica_report import StepCurve
-from ....cluster.scheduler import SchedulerConfig
+from ....cluster.scheduler_config import SchedulerConfig
 from ..options import JsonFile, parse_names
 from ..prompts import TokenPrompts
 from ..report import Column, Report, describe, run_as_program

@@ -11,7 +11,7 @@ from ....cluster.messages import ModelCard
 from ....cluster.replica_report import ReplicaLoad
 from ....cluster.request import EngineRequest
 from ....cluster.router_config import RouterConfig
-from ....cluster.scheduler import SchedulerConfig
+from ....cluster.scheduler_config import SchedulerConfig
 from ....router.router import Router
 from .routers import OURS
 

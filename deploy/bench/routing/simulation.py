@@ -16,7 +16,8 @@ from ....cluster.block_hash import short_hashes
 from ....cluster.latency_class import LatencyTargets
 from ....cluster.replica_report import ReplicaLoad, StepCurve
 from ....cluster.request import EngineRequest, SamplingParams
-from ....cluster.scheduler import Scheduler, SchedulerConfig
+from ....cluster.scheduler import Scheduler
+from ....cluster.scheduler_config import SchedulerConfig
 from ....cluster.step import StepPlan, StepResult
 from ..client import Outcome
 from ..workload import Request
