@@ -1,4 +1,4 @@
-"""From a prepared request to its response: decide who answers, run it, and try the next best if that one is down."""
+"""From a prepared request to its response: decide who answers, run it, and try the next best if that one cannot."""
 
 from __future__ import annotations
 
@@ -89,9 +89,11 @@ class Answering:
                 unsure = job.model
                 given_up[job.model] = str(error)
             except QueueFull as error:
-                if not decision.checked or len(given_up) + 1 == len(members):
-                    raise
+                if not decision.checked:  # else the others only wait for the draft
+                    given_up.update(decision.choice.excluded)  # load alone does not lower the quality
                 given_up[job.model] = str(error)
+                if len(given_up) == len(members):
+                    raise
 
     async def explain(self, http: Request, preparation: Preparation[Any]) -> dict[str, Any]:
         """What would be decided, and by what; nothing is sent."""

@@ -10,11 +10,11 @@ Predicted times follow from each replica's measured step curve (`cluster/replica
     slot wait = max(0, r + w + 1 − S) · residence / S
     TPOT = base + min(r + w + 1, S) · decode_row
 
-Of the tokens that were reported, those do not count that the replica has computed since, at B tokens a step: a report
-is up to 100 ms old, longer than many requests take. S is no more than the sequences that run (at least 1) where no
-block is free. Work that yields (class `batch`) does not count before a request that does not: the scheduler lets it go
-first. `cluster/queue_time.py` has the same formula for autoscaling; here most of it is worked out when a replica's
-state changes (`router/replica_state.py`).
+Of the tokens that were reported, those do not count that the replica has probably computed since, evenly over the time
+that all of them take: a report is up to 100 ms old, longer than many requests take. S is no more than the sequences
+that run (at least 1) where no block is free. Work that yields (class `batch`) does not count before a request that does
+not: the scheduler lets it go first. `cluster/queue_time.py` has the same formula for autoscaling; here most of it is
+worked out when a replica's state changes (`router/replica_state.py`).
 
 The cost is a sum of terms without unit, each 1 at its limit:
 
@@ -48,6 +48,8 @@ Floats = NDArray[np.float64]
 
 _OF_ALL = (Column.QUEUED, Column.SENT, Column.STEP, Column.OVER)
 _OF_URGENT = (Column.URGENT_QUEUED, Column.URGENT_SENT, Column.URGENT_STEP, Column.URGENT_OVER)
+_OLDEST = 1.0
+"""Seconds for which a replica is believed to work on what it reported. Every one reports twice a second."""
 _ROUNDING = 1e-6
 """Of a step: a prompt that just fits takes no step more because 1 / B was rounded."""
 
@@ -75,7 +77,7 @@ def predict(columns: Floats, uncached: Floats | float, *, now: float, yields: bo
         yields: the request is of class `batch`.
     """
     queued, sent, step, over = (columns[column] for column in (_OF_ALL if yields else _OF_URGENT))
-    tokens = columns[Column.REPORTED] - now
+    tokens = np.maximum(columns[Column.REPORTED] - now, -_OLDEST)
     tokens *= columns[Column.PROMPT_SPEED]
     tokens += queued
     np.maximum(tokens, 0.0, out=tokens)
@@ -133,7 +135,10 @@ def evaluate(
         cost += taken
     dearest = float(price.max())
     if dearest > 0:  # a part that all have in common would only blur the difference of the other terms
-        cost += (price - price.min()) * (weights.price / dearest)
+        dearer = price - price.min()
+        dearer /= dearest  # first: one over the smallest floats is infinite
+        dearer *= weights.price
+        cost += dearer
     if session_model is not None:
         cost += weights.switch * (columns[Column.MODEL] != session_model)
     return Costs(ttft, tpot, price, cost)

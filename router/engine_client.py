@@ -34,7 +34,7 @@ class EngineClient(Protocol):
             request: what to run.
             replica: that was chosen for it, with a reservation for its first attempt; None: any.
             patient: wait for a replica to come up, or for another one when one is lost before the first token; False:
-                raise `ReplicaUnavailable` at once, so that another model can answer.
+                raise `ReplicaUnavailable` where no other one is up, so that another model can answer.
 
         Raises:
             QueueFull: too many requests wait.

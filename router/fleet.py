@@ -120,7 +120,8 @@ class Fleet:
 
     def trusts(self, model: str) -> bool:
         """Whether a replica of it is up that has not just failed."""
-        return any(name not in self._suspect_until for name in self._members[model])
+        now = self._clock()
+        return any(self._suspect_until.get(name, now) <= now for name in self._members[model])
 
     def row(self, replica: str) -> int | None:
         """Its row; None if it is not up."""

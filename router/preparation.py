@@ -9,15 +9,16 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import msgspec
 
 from ..cluster.errors import InvalidRequest, ModelNotFound
 from ..cluster.latency_class import LatencyTargets
-from ..cluster.request import EngineRequest
+from ..cluster.request import EngineRequest, SamplingParams
 from .generation import Choice
 from .prompt_encoding import Encoded, ServedModel, encode_chat, encode_completion
 from .prompt_features import PromptFacts
@@ -64,26 +65,23 @@ class Preparation(ABC, Generic[RequestT]):
 
         Models with the same tokenizer share one object. Raises `InvalidRequest` if none can serve it.
         """
-        found: dict[tuple[str, int], Encoded | InvalidRequest] = {}
+        found: dict[tuple[str, int], Encoded] = {}
         encoded: dict[str, Encoded] = {}
-        unable: dict[str, str] = {}
-        first: InvalidRequest | None = None
+        errors: dict[str, InvalidRequest] = {}
         for model in models:
+            name = model.card.name
             key = (model.tokenizer.fingerprint, model.card.vocab_size if self._gives_ids else 0)
-            if key not in found:
-                try:
+            try:
+                if key not in found:
                     found[key] = await self._encode(model)
-                except InvalidRequest as error:
-                    found[key] = error
-                    first = first or error
-            result = found[key]
-            if isinstance(result, Encoded):
-                encoded[model.card.name] = result
+                self._sampling(model, max(map(len, found[key].prompts)))
+            except InvalidRequest as error:
+                errors[name] = error
             else:
-                unable[model.card.name] = str(result)
-        if first is not None and not encoded:
-            raise first
-        return encoded, unable
+                encoded[name] = found[key]
+        if not encoded:
+            raise next(iter(errors.values()))
+        return encoded, {name: str(error) for name, error in errors.items()}
 
     @abstractmethod
     def facts(self, encoded: Encoded, latency_class: str) -> PromptFacts:
@@ -100,6 +98,10 @@ class Preparation(ABC, Generic[RequestT]):
 
     @abstractmethod
     async def _encode(self, model: ServedModel) -> Encoded: ...
+
+    @abstractmethod
+    def _sampling(self, model: ServedModel, prompt_tokens: int) -> SamplingParams:
+        """Of an answer to a prompt of so many tokens. Raises `InvalidRequest`: the model cannot serve it."""
 
 
 class ChatPreparation(Preparation[ChatCompletionRequest]):
@@ -123,8 +125,15 @@ class ChatPreparation(Preparation[ChatCompletionRequest]):
         request = self.request
         return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
 
+    @property
+    def _logprobs(self) -> int | None:
+        return (self.request.top_logprobs or 0) if self.request.logprobs else None
+
     async def _encode(self, model: ServedModel) -> Encoded:
         return await encode_chat(self.request, model)
+
+    def _sampling(self, model: ServedModel, prompt_tokens: int) -> SamplingParams:
+        return sampling_params(self.request, model.card, prompt_tokens, self.max_tokens, self._logprobs)
 
     def facts(self, encoded: Encoded, latency_class: str) -> PromptFacts:
         messages = self.request.messages
@@ -141,9 +150,8 @@ class ChatPreparation(Preparation[ChatCompletionRequest]):
 
     def job(self, model: ServedModel, encoded: Encoded, context: Context) -> Job:
         request = self.request
-        logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        options = _options("chatcmpl", request, model, encoded, logprobs)
-        choices = _choices(request, model, options, self.max_tokens, context)
+        options = _options("chatcmpl", request, model, encoded, self._logprobs)
+        choices = _choices(request, model, options, partial(self._sampling, model), context)
         return Job(model.card.name, choices, ChatFormat(options, model.tokenizer), bool(request.stream))
 
 
@@ -172,6 +180,12 @@ class CompletionPreparation(Preparation[CompletionRequest]):
             )
         return encoded
 
+    def _sampling(self, model: ServedModel, prompt_tokens: int) -> SamplingParams:
+        request, limit = self.request, self.request.max_tokens
+        if limit is None:
+            limit = min(DEFAULT_COMPLETION_TOKENS, max(1, model.card.max_model_len - prompt_tokens))
+        return sampling_params(request, model.card, prompt_tokens, limit, request.logprobs)
+
     def facts(self, encoded: Encoded, latency_class: str) -> PromptFacts:
         prompt = self.request.prompt
         first = prompt if isinstance(prompt, str) else prompt[0]
@@ -189,9 +203,7 @@ class CompletionPreparation(Preparation[CompletionRequest]):
         request = self.request
         options = _options("cmpl", request, model, encoded, request.logprobs)
         options.echoes = encoded.texts if request.echo else []
-        choices = _choices(
-            request, model, options, request.max_tokens, context, default_max_tokens=DEFAULT_COMPLETION_TOKENS
-        )
+        choices = _choices(request, model, options, partial(self._sampling, model), context)
         return Job(model.card.name, choices, CompletionFormat(options, model.tokenizer), bool(request.stream))
 
 
@@ -235,19 +247,14 @@ def _choices(
     request: GenerationRequest,
     model: ServedModel,
     options: ResponseOptions,
-    max_tokens: int | None,
+    sampling_of: Callable[[int], SamplingParams],
     context: Context,
-    *,
-    default_max_tokens: int | None = None,
 ) -> list[Choice]:
-    """One engine request per prompt and choice."""
+    """One engine request per prompt and choice; `sampling_of` a prompt with so many tokens."""
     seeds = choice_seeds(request.seed, options.n)
     choices: list[Choice] = []
     for prompt in options.prompts:
-        limit = max_tokens
-        if limit is None and default_max_tokens is not None:
-            limit = min(default_max_tokens, max(1, model.card.max_model_len - len(prompt)))
-        sampling = sampling_params(request, model.card, len(prompt), limit, options.logprobs)
+        sampling = sampling_of(len(prompt))
         if context.scored and sampling.logprobs is None:
             sampling = msgspec.structs.replace(sampling, logprobs=0)
         for seed in seeds:

@@ -140,7 +140,8 @@ class Generation:
                     if output is None:
                         raise ReplicaLost("its last tokens never came")
                 except (ReplicaLost, TokensMissing, errors.QueueFull, errors.ReplicaUnavailable) as error:
-                    if self._attempt is not None and isinstance(error, ReplicaLost) and self._attempt.replica:
+                    lost = isinstance(error, ReplicaLost | TokensMissing)
+                    if lost and self._attempt is not None and self._attempt.replica:
                         self._client._router.lost(self._attempt.replica)
                     await self._end_attempt()
                     await self._before_retry(error)
@@ -207,8 +208,7 @@ class Generation:
         if isinstance(error, errors.QueueFull | errors.ReplicaUnavailable):
             # A client whose answer has begun cannot send the request again, so we do.
             late = isinstance(error, errors.TargetUnreachable)
-            elsewhere = isinstance(error, errors.ReplicaUnavailable) and self._may_go_elsewhere
-            if not self._losses or now >= self._deadline or late or elsewhere:
+            if not self._losses or now >= self._deadline or late or self._may_go_elsewhere:
                 raise error
             self._retries += 1
         else:
@@ -223,10 +223,12 @@ class Generation:
                     f"no replica of {self._model!r} could finish the request after {self._losses} attempts; "
                     "try again later"
                 ) from error
+            if self._may_go_elsewhere and not client._router.has_another(self._model):
+                raise errors.ReplicaUnavailable(f"a replica of {self._model!r} was lost: {error}") from error
             logger.warning(
                 "request %s lost its replica after %d tokens (%s); resubmitting", request_id, len(self._known), error
             )
-            if self._may_go_elsewhere and not client._router.has_another(self._model):
-                raise errors.ReplicaUnavailable(f"a replica of {self._model!r} was lost: {error}") from error
-            self._deadline, self._retries = now + client._resumption_timeout_s, self._losses - 1
+            if not self._may_go_elsewhere:
+                self._deadline = now + client._resumption_timeout_s
+            self._retries = self._losses - 1
         await asyncio.sleep(min(client._retry_wait_s * 2**self._retries, MAX_RETRY_WAIT_SECONDS))

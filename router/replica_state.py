@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..cluster.messages import ModelCard
 from ..cluster.price import token_prices
 from ..cluster.replica_report import ReplicaLoad, StepCurve
@@ -10,8 +12,8 @@ UNKNOWN_CURVE = StepCurve(base=0.02, prefill_token=0.0002, decode_row=0.001)
 """Of a replica that has not measured its own and whose model nobody has measured."""
 
 
-_FASTEST = 1e9
-"""Tokens per second."""
+_SHORTEST = 1e-9
+"""Seconds that any work takes."""
 
 
 class Column:
@@ -46,7 +48,7 @@ class Column:
     REPORTED = 16
     """When, in seconds of the fleet's clock."""
     PROMPT_SPEED = 17
-    """Tokens of prompts per second, beside the sequences that run."""
+    """Tokens per second at which the reported ones are computed, beside the sequences that run."""
     COUNT = 18
 
 
@@ -98,7 +100,7 @@ class ReplicaState:
 
     @property
     def queued_tokens(self) -> int:
-        """To be computed there before a new request's own."""
+        """To be computed there before a new request's own, as reported and sent since."""
         return self.load.prefill_tokens + self.sent_tokens
 
     @property
@@ -118,13 +120,15 @@ class ReplicaState:
             slots = min(slots, max(1, running))
         budget = load.max_num_batched_tokens
         step = curve.base + curve.decode_row * min(running, slots)
+        tokens = load.prefill_tokens
+        seconds = math.ceil(tokens / budget) * step + tokens * curve.prefill_token
         prices = card.estimated_prices
         if card.price_per_hour is not None:
             prices = token_prices(card.price_per_hour, curve, card.max_num_seqs)
         return (
             self.model,
-            load.prefill_tokens,
-            load.prefill_tokens - load.yielding_prefill_tokens,
+            tokens,
+            tokens - load.yielding_prefill_tokens,
             step,
             curve.base + curve.decode_row * min(urgent_running, slots),
             running + waiting + 1 - slots,
@@ -139,5 +143,5 @@ class ReplicaState:
             self.sent_tokens,
             self.sent_tokens - self.yielding_sent_tokens,
             self.reported,
-            1.0 / max(curve.prefill_token + step / budget, 1.0 / _FASTEST),
+            tokens / max(seconds, _SHORTEST),
         )

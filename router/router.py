@@ -89,30 +89,36 @@ class Router:
             facts: of the prompt, for rules and classifier.
             cache_salt: of the request.
             session: what requests of one conversation have in common; "": none.
-            given_up: models that were tried for the request already → why they do not answer.
+            given_up: other models of the group → why they do not answer.
 
         Raises:
             TargetUnreachable, InvalidRequest: as `policy.decide`.
         """
-        needed = {model: len(prompts[model]) + (max_tokens or 1) for model in models}
-        choice = self._variants.choose(models, facts, needed, given_up)
-        views, able = self._views(prompts, cache_salt), self._variants.able(models, needed)
-        if not self.config.shadow or len(models) == 1:
+        choice = self._variants.choose(models, facts, given_up)
+        views, ranked = self._views(prompts, cache_salt), self._variants.best_first(models)
+
+        def decided(choice: Choice) -> Decision:
+            return self._decide(choice, views, ranked, max_tokens, targets, session)
+
+        def decided_or_without_draft() -> Decision:
+            draft = choice.draft
             try:
-                return self._decide(choice, views, able, max_tokens, targets, session)
+                return decided(choice)
             except TargetUnreachable:
-                draft = choice.draft
                 if draft is None or choice.models != (draft,):
                     raise
-            # The draft would be late; whom it would have been checked for may not be.
-            given_up = {**(given_up or {}), draft: "its draft would be late"}
-            choice = self._variants.choose([model for model in models if model != draft], facts, needed, given_up)
-            return self._decide(choice, views, able, max_tokens, targets, session)
-        excluded = {model: why for model, why in choice.excluded.items() if model != able[0]}
-        acted = Choice((able[0],), "shadow mode: the best model answers", choice.probabilities, excluded)
-        decision = self._decide(acted, views, able, max_tokens, targets, session)
+            # It would be late; the model that it would have drafted for may not be.
+            others = [model for model in models if model != draft]
+            return decided(self._variants.choose(others, facts, {**(given_up or {}), draft: "its draft would be late"}))
+
+        if not self.config.shadow or len(models) == 1:
+            return decided_or_without_draft()
+        best, reason = ranked[0], "shadow mode: the best model answers"
+        excluded = {**dict.fromkeys(ranked, reason), **choice.excluded}
+        del excluded[best]
+        decision = decided(Choice((best,), reason, choice.probabilities, excluded))
         try:
-            would = self._decide(choice, views, able, max_tokens, targets, session)
+            would = decided_or_without_draft()
         except RequestError as error:
             logger.info("shadow: instead of %s's answer there would be none (%s)", decision.model, error)
             return decision
@@ -216,7 +222,7 @@ class Router:
         self,
         choice: Choice,
         views: Mapping[str, Prompt],
-        able: Sequence[str],
+        ranked: Sequence[str],
         max_tokens: int | None,
         targets: LatencyTargets,
         session: str,
@@ -229,7 +235,7 @@ class Router:
             targets,
             self.config.weights,
             session_model=self._sessions.model_of(session) if session else None,
-            fallbacks=[model for model in able if model not in choice.models],
+            fallbacks=[model for model in ranked if model not in choice.models],
         )
 
 

@@ -40,17 +40,10 @@ class Variants:
             ranked.insert(0, self._classifier.best)
         return ranked
 
-    def able(self, models: Sequence[str], tokens: Mapping[str, int]) -> list[str]:
-        """Those whose context holds a request of so many `tokens`, best first; all if none can: the best one explains
-        it."""
-        fitting = [model for model in models if tokens[model] <= self._cards[model].max_model_len]
-        return self.best_first(fitting or models)
-
     def choose(
         self,
         group: Sequence[str],
         facts: PromptFacts,
-        tokens: Mapping[str, int],
         given_up: Mapping[str, str] | None = None,
     ) -> Choice:
         """The models of `group` that may answer.
@@ -58,10 +51,9 @@ class Variants:
         Args:
             group: models that the client allows, at least one.
             facts: of the prompt.
-            tokens: that the request takes at least, by model.
-            given_up: models that were tried for the request already → why they do not answer.
+            given_up: other models of the group → why they do not answer.
         """
-        choice = self._choose(group, facts, tokens)
+        choice = self._choose(group, facts)
         if given_up:
             reason = "; ".join(f"{model}: {why}" for model, why in given_up.items())
             choice = msgspec.structs.replace(
@@ -69,33 +61,30 @@ class Variants:
             )
         return choice
 
-    def _choose(self, group: Sequence[str], facts: PromptFacts, tokens: Mapping[str, int]) -> Choice:
-        excluded = {}
-        for model in group:
-            if tokens[model] > self._cards[model].max_model_len:
-                limit = self._cards[model].max_model_len
-                excluded[model] = f"the request takes {tokens[model]} tokens and its context holds {limit}"
-        models = self.able(group, tokens)
+    def _choose(self, group: Sequence[str], facts: PromptFacts) -> Choice:
+        models = self.best_first(group)
         if len(models) == 1:
-            return Choice((models[0],), "the only model", excluded=excluded)
+            return Choice((models[0],), "the only model")
         rule = first_match(self._rules, facts)
         if rule is not None and (named := [model for model in rule.use if model in models]):
             others = {model: f"rule {rule.name!r}" for model in models if model not in named}
-            return Choice(tuple(named), f"rule {rule.name!r}", excluded={**excluded, **others})
+            return Choice(tuple(named), f"rule {rule.name!r}", excluded=others)
         best = models[0]
         draft = self._draft if self._draft in models and self._draft != best else None
         if self._classifier is None and draft is not None:
             others = dict.fromkeys([model for model in models if model != draft], "waits for the draft")
-            return Choice((draft,), "drafts before it is seen", excluded={**excluded, **others}, draft=draft)
+            return Choice((draft,), "drafts before it is seen", excluded=others, draft=draft)
         if self._classifier is None:
             others = dict.fromkeys(models[1:], "no classifier is fitted, so the best model answers")
-            return Choice((best,), "best model: no classifier", excluded={**excluded, **others})
+            return Choice((best,), "best model: no classifier", excluded=others)
         known = self._classifier.probabilities(facts)
         probabilities = {model: 1.0 if model == best else known.get(model, 0.0) for model in models}
         enough = [model for model in models if model == best or probabilities[model] >= self._threshold]
-        for model in models:
-            if model not in enough:
-                excluded[model] = f"good enough with probability {probabilities[model]:.2f} < {self._threshold:.2f}"
+        excluded = {
+            model: f"good enough with probability {probabilities[model]:.2f} < {self._threshold:.2f}"
+            for model in models
+            if model not in enough
+        }
         reason = f"{len(enough)} of {len(models)} good enough" if len(enough) > 1 else "only the best is good enough"
         return Choice(tuple(enough), reason, probabilities, excluded, draft)
 

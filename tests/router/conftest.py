@@ -50,6 +50,8 @@ class ScriptedEngine:
         """Models whose queues are full."""
         self.asked: list[tuple[str, str | None, bool]] = []
         """Model, replica and patience of every request."""
+        self.on_request: Callable[[str], None] = lambda model: None
+        """Called with the model of every request."""
         self.stalled: list[str] = []
         self.requests: list[EngineRequest] = []
         self.running: set[str] = set()
@@ -65,6 +67,7 @@ class ScriptedEngine:
     ) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         self.asked.append((model, replica, patient))
+        self.on_request(model)
         self.running.add(request.request_id)
         self.began.put_nowait(request.request_id)
         self.idle.clear()

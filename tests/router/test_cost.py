@@ -187,12 +187,28 @@ def test_what_was_reported_long_ago_has_been_computed_since() -> None:
     assert first_tokens(busy, uncached=34, now=1e6) == [pytest.approx(step)]  # what was sent since is still before it
 
 
+def test_a_queue_shorter_than_a_step_takes_a_whole_one() -> None:
+    busy = replica(prefill_tokens=16)  # 36 ms
+    assert first_tokens(busy, uncached=8, now=0.018) == [pytest.approx(0.02 + 0.008 + 0.008)]
+
+
+def test_a_replica_that_fell_silent_is_not_believed_to_work_on() -> None:
+    busy = replica(prefill_tokens=50_000)
+    assert first_tokens(busy, now=1.0)[0] < first_tokens(busy)[0] - 0.9
+    assert first_tokens(busy, now=1.0) == first_tokens(busy, now=9.0)
+
+
 def test_of_batch_work_only_that_which_counts_grows_old() -> None:
     busy = replica(prefill_tokens=640, yielding_prefill_tokens=576)
     assert first_tokens(busy, uncached=64) == [pytest.approx(2 * 0.084)]
     assert first_tokens(busy, uncached=64, now=0.042) == [pytest.approx(2 * 0.02 + 96 * 0.001)]
     assert first_tokens(busy, uncached=64, now=0.084) == [pytest.approx(0.084)]
     assert first_tokens(busy, uncached=64, yields=True, now=0.084) == [pytest.approx(10 * 0.084)]
+
+
+def test_prices_next_to_nothing_still_compare() -> None:
+    cheap, dear = (replica(prices=TokenPrices(price, 0.0)) for price in (1e-312, 3e-312))
+    assert costs(cheap, dear, weights=only("price")).cost.tolist() == pytest.approx([0, 2 / 3], abs=1e-6)
 
 
 # --- the terms ----------------------------------------------------------------------------------------------------

@@ -105,6 +105,18 @@ def test_a_suspect_gets_nothing_for_a_while(fleet, clock) -> None:
     assert sorted(names(fleet, "large")) == ["l1", "l2"]
 
 
+def test_a_suspect_is_trusted_again_when_its_time_is_over(fleet, clock) -> None:
+    fleet.suspect("l1")
+    assert fleet.trusts("large")
+    fleet.suspect("l2")
+    assert not fleet.trusts("large")
+    assert fleet.trusts("small")
+    clock.now += SUSPECT_SECONDS + 0.01
+    assert fleet.trusts("large")
+    fleet.set_replicas("large", [])
+    assert not fleet.trusts("large")
+
+
 def test_where_all_are_suspects_all_are_candidates(fleet) -> None:
     fleet.suspect("l1")
     fleet.suspect("l2")

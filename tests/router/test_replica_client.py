@@ -429,6 +429,22 @@ async def test_an_impatient_request_goes_to_another_replica_of_its_model_first(c
     assert len({call.target for call in replica.calls}) == 2
 
 
+async def test_an_impatient_request_that_was_lost_does_not_wait_for_a_place(client, replica, fleet) -> None:
+    full = GenerateReply(error="full", error_kind="QueueFull", retry_after=7)
+    replica.faults = [(0, ActorDiedError()), (-1, full)]
+    with pytest.raises(QueueFull) as refused:
+        await impatiently(client, replica)
+    assert refused.value.retry_after == 7
+    assert len(replica.calls) == 2
+
+
+async def test_an_impatient_request_that_was_lost_has_no_more_time_than_before(client, replica, fleet) -> None:
+    client._acceptance_timeout_s = 0.2
+    replica.faults = [(0, ActorDiedError()), (-1, None)]
+    with pytest.raises(ReplicaUnavailable, match="accepted the request in time"):
+        await impatiently(client, replica)
+
+
 async def test_an_impatient_request_that_was_lost_does_not_wait_for_a_replacement(client, replica, fleet) -> None:
     replica.faults = [(-1, ActorDiedError()), (-1, DeploymentUnavailableError(DeploymentID("demo")))]
     with pytest.raises(ReplicaUnavailable):

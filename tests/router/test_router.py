@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 from routing_fleet import Clock, card, load
@@ -94,13 +95,6 @@ def test_a_model_that_is_down_is_replaced_by_the_next_best_with_the_reason(route
     decision = ask(router, "large", "small")
     assert decision.model == "small"
     assert "large down: next best" in decision.reason
-
-
-def test_a_next_best_whose_context_is_too_small_is_none() -> None:
-    router = Router([card("large", weight_bytes=9, max_model_len=1000), card("small", max_model_len=64)])
-    router.set_replicas("small", ["s1"])
-    decision = ask(router, "large", "small")
-    assert (decision.model, decision.replica) == ("large", None)
 
 
 def test_what_was_given_up_stands_in_the_reason(router) -> None:
@@ -334,11 +328,19 @@ def test_in_shadow_mode_a_model_that_would_be_full_refuses_nobody() -> None:
     assert ask(router, "large", "small").model == "large"
 
 
-def test_in_shadow_mode_the_best_is_one_that_can_take_the_request() -> None:
-    router = Router([card("large", weight_bytes=9, max_model_len=64), card("small")], RouterConfig(shadow=True))
-    router.set_replicas("large", ["l1"])
-    router.set_replicas("small", ["s1"])
-    assert ask(router, "large", "small").model == "small"
+def test_in_shadow_mode_a_draft_that_would_be_late_would_not_have_been_tried(caplog) -> None:
+    router = make(RouterConfig(shadow=True, escalation=EscalationConfig(draft="small")))
+    for replica in ("s1", "s2"):
+        router.fleet.report(replica, load(prefill_tokens=50_000))
+    hurried = msgspec.structs.replace(DEFAULT, ttft=1.0, refuse_late=True)
+    with caplog.at_level(logging.INFO, logger="raytroupe.router.router"):
+        decision = ask(router, "large", "small", targets=hurried)
+    assert (decision.model, decision.shadow) == ("large", None)
+    assert caplog.text == ""
+
+
+def test_in_shadow_mode_no_other_model_is_as_good_as_the_best() -> None:
+    assert set(ask(make(SHADOW), "large", "small").choice.excluded) == {"small"}
 
 
 def test_in_shadow_mode_a_model_that_is_down_is_replaced() -> None:

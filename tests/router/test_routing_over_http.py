@@ -422,6 +422,30 @@ async def test_other_errors_are_the_answer(serve, engine, error, status, stream)
     assert service.models == ["large"]
 
 
+# --- full queues --------------------------------------------------------------------------------------------------
+
+
+@STREAM
+async def test_another_model_that_is_good_enough_answers_for_one_whose_queue_is_full(serve, engine, stream) -> None:
+    service = serve(rules=EITHER)
+    engine.full = {(await service.post(path="route")).json()["model"]}
+    response = await service.post(BODY | {"stream": stream})
+    assert response.status_code == 200
+    assert len(set(service.models)) == 2
+    engine.full = {"large", "small"}
+    response = await service.post(BODY | {"stream": stream})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "3")
+
+
+@STREAM
+@pytest.mark.parametrize("fields", [{}, {"rules": [RuleConfig(name="hard", use=["large"])]}, {"shadow": True}])
+async def test_load_alone_does_not_lower_the_quality(serve, engine, stream, fields) -> None:
+    service = serve(**fields)
+    engine.full = {"large"}
+    assert (await service.post(BODY | {"stream": stream})).status_code == 429
+    assert service.models == ["large"]
+
+
 # --- a model that cannot serve the request -----------------------------------------------------------------------
 
 
@@ -447,6 +471,46 @@ async def test_a_model_without_a_chat_template_leaves_chats_to_the_others(serve,
     shown = {each["model"]: each["excluded"] for each in (await service.post(path="route")).json()["candidates"]}
     assert shown["small"] is None
     assert "no chat template" in shown["large"]
+
+
+SHORT = msgspec.structs.replace(CARDS[0], max_model_len=40)
+LONG = BODY | {"max_tokens": 60}
+
+
+async def test_a_model_whose_context_is_too_small_leaves_the_request_to_the_others(serve) -> None:
+    service = serve(cards=[SHORT, CARDS[1]])
+    response = await service.post(LONG)
+    assert check_header(response)["model"] == "small"
+    assert "max_tokens = 60: with the prompt of" in response.headers["x-troupe-route"]
+    assert check_header(await service.post(BODY | {"max_tokens": 5}))["model"] == "large"
+    two = COMPLETION | {"prompt": ["Once", "Once upon a time " * 9], "max_tokens": 5}
+    assert check_header(await service.post(two, "completions"))["model"] == "small", "every prompt counts"
+    both = await service.post(LONG | {"max_tokens": 300})
+    assert both.status_code == 400
+    assert both.json()["error"]["param"] == "max_tokens"
+
+
+async def test_a_model_that_cannot_serve_the_request_is_none_that_could_answer_instead(serve, engine) -> None:
+    service = serve(cards=[SHORT, CARDS[1]])
+    service.down("small")
+    assert (await service.post(LONG)).status_code == 503
+    assert engine.asked[0][2], "there is no other, so it is waited for"
+    assert service.models == ["small"]
+
+
+async def test_an_unsure_draft_answers_where_the_better_model_is_down_and_another_too_small(serve, engine) -> None:
+    engine.texts, engine.logprob = DRAFTED, -0.6
+    cards = [CARDS[0], msgspec.structs.replace(SHORT, name="medium", weight_bytes=5), CARDS[1]]
+    service = serve(cards=cards, escalation=EscalationConfig(draft="small", tokens=3, min_logprob=-0.5))
+    service.down("large")
+    assert answer_of(await service.post(LONG), stream=False) == DRAFTED["small"]
+    assert service.models == ["small", "large", "small"]
+
+
+@pytest.mark.parametrize("fields", [{"stop_token_ids": [1200]}, {"logit_bias": {"1200": 1}}])
+async def test_tokens_that_a_model_does_not_have_leave_the_request_to_the_others(serve, fields) -> None:
+    service = serve(cards=[msgspec.structs.replace(CARDS[0], vocab_size=1000), CARDS[1]])
+    assert check_header(await service.post(BODY | fields))["model"] == "small"
 
 
 async def test_where_no_model_can_serve_a_request_it_is_a_bad_one(serve, mute) -> None:
@@ -574,12 +638,11 @@ async def test_an_unsure_draft_is_better_than_no_answer(drafting, engine, stream
 
 
 async def test_where_the_unsure_drafts_model_is_down_by_then_the_client_is_told(drafting, engine) -> None:
-    engine.logprob, engine.hold_after = -0.6, 3
-    drafting.down("large")
-    asking = asyncio.create_task(drafting.post())
-    await drafting.begun()
-    drafting.down("large", "small")
-    assert (await asking).status_code == 503
+    engine.logprob = -0.6
+    engine.on_request = lambda model: drafting.down("large", "small") if model == "large" else None
+    response = await drafting.post()
+    assert response.status_code == 503
+    assert drafting.models == ["small", "large", "small"]
 
 
 @STREAM

@@ -47,12 +47,11 @@ def choose(
     cards: list[Any] | None = None,
     group: list[str] | None = None,
     about: PromptFacts | None = None,
-    tokens: dict[str, int] | None = None,
     given_up: dict[str, str] | None = None,
 ) -> Choice:
     group = GROUP if group is None else group
     variants = Variants(cards or CARDS, config or RouterConfig(), classifier)
-    return variants.choose(group, about or facts(), {**dict.fromkeys(group, 10), **(tokens or {})}, given_up)
+    return variants.choose(group, about or facts(), given_up)
 
 
 # --- the best model -----------------------------------------------------------------------------------------------
@@ -94,27 +93,6 @@ def test_a_model_that_was_named_is_the_only_one() -> None:
     config = RouterConfig(rules=[RuleConfig(name="all", use=["large"])])
     choice = choose(config, Fitted(), group=["small"])
     assert (choice.models, choice.reason, choice.excluded) == (("small",), "the only model", {})
-
-
-# --- the context --------------------------------------------------------------------------------------------------
-
-
-def test_a_model_whose_context_is_too_small_is_left_out() -> None:
-    choice = choose(tokens={"large": 4097})
-    assert choice.models == ("middle",)
-    assert choice.excluded["large"] == "the request takes 4097 tokens and its context holds 4096"
-    assert choose(tokens={"large": 4096}).models == ("large",)
-
-
-def test_a_rule_cannot_choose_a_model_whose_context_is_too_small() -> None:
-    config = RouterConfig(rules=[RuleConfig(name="all", use=["small", "middle"])])
-    assert choose(config, tokens={"small": 5000}).models == ("middle",)
-
-
-def test_what_fits_no_model_is_left_to_the_best_one_to_refuse() -> None:
-    choice = choose(tokens=dict.fromkeys(GROUP, 5000))
-    assert choice.models == ("large",)
-    assert set(choice.excluded) == set(GROUP)
 
 
 # --- rules --------------------------------------------------------------------------------------------------------
