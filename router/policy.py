@@ -160,7 +160,7 @@ def _allowed(fleet: Fleet, found: Candidates, targets: LatencyTargets) -> Floats
         if np.isinf(cost).all():
             wait = float(costs.ttft[with_room].min())
             raise TargetUnreachable(
-                f"the first token is predicted after {wait:.2f} s at best, and the target of class {targets.name} is "
+                f"the first token is predicted after {wait:.3g} s at best, and the target of class {targets.name} is "
                 f"{targets.ttft:g} s; try again later or with a larger target",
                 retry_after=retry_seconds(wait - targets.ttft),
             )

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +50,18 @@ def explain_command(
     )
     if decision["shadow"] is not None:
         console.print(f"shadow mode: otherwise {decision['shadow']} would answer", highlight=False, markup=False)
+    targets = decision["targets"]
+    console.print(
+        f"{decision['latency_class']}: first token within {targets['ttft_ms']:g} ms, {targets['tpot_ms']:g} ms per "
+        f"token; prompt of {decision['prompt_tokens']} tokens",
+        highlight=False,
+        markup=False,
+    )
     console.print(candidate_table(decision))
+    excluded = {candidate["model"]: candidate["excluded"] for candidate in decision["candidates"]}
+    for name, why in excluded.items():
+        if why is not None:
+            console.print(f"not {name}: {why}", highlight=False, markup=False, soft_wrap=True)
 
 
 def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
@@ -78,18 +90,18 @@ def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Respon
 
 
 def candidate_table(decision: dict[str, Any]) -> Table:
-    """A row per candidate, the least cost first."""
-    targets = decision["targets"]
+    """A row per candidate, the least cost first. `$/M` is the price of a million such requests."""
+    rated = any(candidate["probability"] is not None for candidate in decision["candidates"])
     table = Table(
-        title=f"{decision['latency_class']}: first token within {targets['ttft_ms']:g} ms, "
-        f"{targets['tpot_ms']:g} ms per token; prompt of {decision['prompt_tokens']} tokens"
+        box=SIMPLE_HEAD,  # 80 columns are enough for it
+        padding=0,
+        pad_edge=False,
     )
     table.add_column("")
-    table.add_column("model")
-    table.add_column("replica")
-    for name in ("cached", "queued", "running", "waiting", "TTFT ms", "TPOT ms", "$ / million", "p", "cost"):
+    table.add_column("model", no_wrap=True)
+    table.add_column("replica", no_wrap=True)
+    for name in ("cached", "queued", "run", "wait", "TTFT ms", "TPOT", "$/M", *(["p"] if rated else []), "cost"):
         table.add_column(name, justify="right")
-    table.add_column("not chosen because")
     for candidate in decision["candidates"]:
         known = candidate["replica"] is not None
         table.add_row(
@@ -100,9 +112,8 @@ def candidate_table(decision: dict[str, Any]) -> Table:
             *[_shown(candidate[name], "d") if known else "" for name in ("running", "waiting")],
             *[_shown(candidate[name], ".1f") if known else "" for name in ("ttft_ms", "tpot_ms")],
             _shown(1e6 * candidate["price_dollars"], ".4g") if known else "",
-            _shown(candidate["probability"], ".2f"),
+            *([_shown(candidate["probability"], ".2f")] if rated else []),
             _shown(candidate["cost"], ".3f") if known else "",
-            candidate["excluded"] or "",
         )
     return table
 
